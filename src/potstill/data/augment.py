@@ -1,0 +1,114 @@
+"""Random views of a sample: augmentations from a recipe, applied as a pure function of (seed, epoch, sample id)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from potstill.data.draws import Draws
+from potstill.errors import DataError, Problem, did_you_mean
+from potstill.interfaces import Batch
+from potstill.registry import augmentations
+
+Step = str | Mapping[str, Any]
+"""One entry of ``data.augment``: a name, or a name with its options: ``{shift: {pixels: 2}}``."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a training batch goes through: augmentations of the main input, normalisation, mixing of samples.
+
+    Attributes:
+        key: the batch entry that is augmented, such as ``pixel_values``.
+        seed: the seed of the views.
+        steps: pairs of a function and its options, applied to the entry in order.
+        mixes: the same for functions of the whole batch, applied last.
+        finish: normalisation, applied after the steps.
+        num_classes: classes of the task, for soft labels.
+    """
+
+    key: str
+    seed: int
+    steps: tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...] = ()
+    mixes: tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...] = ()
+    finish: Callable[[Tensor], Tensor] | None = None
+    num_classes: int = 0
+
+    def __call__(self, batch: Batch, epoch: int, lookup: Callable[[Tensor], Batch]) -> Batch:
+        """Return the view of these samples in this epoch."""
+        seen = self._augmented(batch, epoch)
+        for mix, options in self.mixes:
+            draws = Draws(self.seed, epoch, batch["sample_id"])
+            seen = mix(
+                seen,
+                draws=draws,
+                lookup=lambda indices: self._augmented(lookup(indices), epoch),
+                num_classes=self.num_classes,
+                **options,
+            )
+        return seen
+
+    def _augmented(self, batch: Batch, epoch: int) -> Batch:
+        value = batch[self.key]
+        if self.steps:
+            draws = Draws(self.seed, epoch, batch["sample_id"])
+            for function, options in self.steps:
+                value = function(value, draws=draws, **options)
+        return {**batch, self.key: value if self.finish is None else self.finish(value)}
+
+
+def check_augmentations(steps: Sequence[Step], kind: str, path: tuple[str | int, ...]) -> list[Problem]:
+    """Return every mistake in ``data.augment``: unknown names and options, and those for another kind of input.
+
+    Args:
+        steps: the recipe's entries.
+        kind: ``image``, ``text`` or ``tabular``: what the task's main input is.
+        path: where the entries stand in the recipe.
+    """
+    problems: list[Problem] = []
+    for place, step in enumerate(steps):
+        name, options = split_step(step)
+        known = [n for n in augmentations.names() if augmentations.facts(n).get("kind") in (kind, "mix")]
+        if name not in known:
+            hint = did_you_mean(name, known)
+            problems.append(Problem((*path, place), f"there is no {kind} augmentation '{name}'", hint))
+        else:
+            problems += augmentations.check(name, options, path=(*path, place, name))
+    return problems
+
+
+def make_views(
+    steps: Sequence[Step], *, key: str, seed: int, num_classes: int, finish: Callable[[Tensor], Tensor] | None
+) -> Views:
+    """Return the views that a recipe's ``data.augment`` asks for.
+
+    Raises:
+        DataError: an entry is no augmentation or has wrong options.
+    """
+    parts: dict[str, list[tuple[Callable[..., Any], Mapping[str, Any]]]] = {"steps": [], "mixes": []}
+    for step in steps:
+        name, options = split_step(step)
+        problems = augmentations.check(name, options)
+        if problems:
+            raise DataError("; ".join(str(problem) for problem in problems))
+        mixes = augmentations.facts(name).get("kind") == "mix"
+        parts["mixes" if mixes else "steps"].append((augmentations.get(name), options))
+    return Views(key, seed, tuple(parts["steps"]), tuple(parts["mixes"]), finish, num_classes)
+
+
+def split_step(step: Step) -> tuple[str, Mapping[str, Any]]:
+    """Return the name and options of one entry of ``data.augment``.
+
+    Raises:
+        DataError: the entry is neither a name nor a mapping of one name to options.
+    """
+    if isinstance(step, str):
+        return step, {}
+    if isinstance(step, Mapping) and len(step) == 1:
+        name, options = next(iter(step.items()))
+        if options is None or isinstance(options, Mapping):
+            return str(name), dict(options or {})
+    raise DataError(f"expected an augmentation as a name or as `name: {{option: value}}`, got {step!r}")

@@ -1,0 +1,212 @@
+"""Random views of images, each a pure function of (seed, epoch, sample id)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from scipy.stats import beta
+from torch import Tensor
+from torch.nn import functional as F
+
+from potstill.data.draws import Draws
+from potstill.errors import ComponentError, DataError
+from potstill.interfaces import Batch
+from potstill.registry import augmentations
+
+_INDICES = 1 << 53
+
+
+@augmentations.register("crop", kind="image")
+def crop(
+    images: Tensor,
+    *,
+    draws: Draws,
+    padding: Annotated[int, Field(ge=1)] = 4,
+    mode: Literal["constant", "reflect", "edge"] = "constant",
+    fill: float = 0.0,
+) -> Tensor:
+    """Pad each side and crop back to the old size at a random place.
+
+    Args:
+        images: float or uint8 ``[B, C, H, W]``.
+        draws: random numbers of these samples.
+        padding: pixels added on each side; the image moves by at most this much.
+        mode: what the padding shows: one value, the mirrored image (border not repeated), or the border pixel.
+        fill: the value of constant padding, in the units of ``images``.
+
+    Returns:
+        The same type and shape.
+
+    Raises:
+        DataError: ``reflect`` with a padding that is not smaller than the image.
+    """
+    smallest = min(images.shape[-2:])
+    if mode == "reflect" and padding >= smallest:
+        raise DataError(
+            f"crop: a reflected padding must be smaller than the image, got {padding} for {smallest} pixels"
+        )
+    dy, dx = (draws.integers(f"crop.{axis}", -padding, padding + 1) for axis in "yx")
+    return _move(images, dy, dx, mode, fill)
+
+
+@augmentations.register("flip", kind="image")
+def flip(images: Tensor, *, draws: Draws, p: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Tensor:
+    """Mirror each image ``[B, C, H, W]`` left to right with probability ``p``."""
+    chosen = draws.uniform("flip") < p
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+
+
+@augmentations.register("shift", kind="image")
+def shift(images: Tensor, *, draws: Draws, pixels: Annotated[int, Field(ge=1)] = 2, fill: float = 0.0) -> Tensor:
+    """Move each image ``[B, C, H, W]`` by at most ``pixels`` in x and in y; what comes into view has value ``fill``."""
+    dy, dx = (draws.integers(f"shift.{axis}", -pixels, pixels + 1) for axis in "yx")
+    return _move(images, dy, dx, "constant", fill)
+
+
+@augmentations.register("randaugment", kind="image", reference="https://arxiv.org/abs/1909.13719")
+def randaugment(
+    images: Tensor,
+    *,
+    draws: Draws,
+    num_ops: Annotated[int, Field(ge=1)] = 2,
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9,
+    fill: float | None = None,
+) -> Tensor:
+    """Apply RandAugment (Cubuk et al., 2020) of torchvision to each image with its own seed.
+
+    It works image by image, so it costs far more time than the other augmentations. The global generator of torch is
+    seeded for each image and put back afterwards; do not draw from it in another thread meanwhile.
+
+    Args:
+        images: ``[B, C, H, W]`` with one or three channels: uint8, or float in [0, 1], so before normalisation.
+        draws: random numbers of these samples.
+        num_ops: operations applied to each image, one after the other.
+        magnitude: their strength, 0 to 30.
+        fill: value of pixels that come into view, in the units of ``images``; black by default.
+
+    Returns:
+        The same type and shape.
+
+    Raises:
+        ComponentError: torchvision is not installed.
+        DataError: another number of channels, or values outside [0, 1].
+    """
+    _check_pixels(images)
+    transform = _transforms().RandAugment(num_ops=num_ops, magnitude=magnitude, fill=fill)
+    views = torch.empty_like(images)
+    with torch.random.fork_rng(devices=[]):
+        for i, image in enumerate(images):
+            # not torch.manual_seed, which would seed the accelerators as well
+            torch.default_generator.manual_seed(draws.generator(i, "randaugment").initial_seed())
+            views[i] = transform(image)
+    return views
+
+
+@augmentations.register("mixup", kind="mix", reference="https://arxiv.org/abs/1710.09412")
+def mixup(
+    batch: Batch,
+    *,
+    draws: Draws,
+    lookup: Callable[[Tensor], Batch],
+    num_classes: int,
+    alpha: Annotated[float, Field(gt=0)] = 0.2,
+) -> Batch:
+    """Mix each sample with a partner from the whole data set (Zhang et al., 2018): ``λ x + (1 - λ) x'``.
+
+    Args:
+        batch: every floating tensor in it is mixed, so ``teacher/…`` views get the same partner and the same λ.
+            ``sample_id`` stays. ``labels`` are int64 ``[B]`` (-1: unlabelled) or soft ``[B, C]``, and may be missing.
+        draws: random numbers of these samples.
+        lookup: returns the batch of the samples at these places of the data set; the indices are int64 ``[B]``, not
+            negative, and to be taken modulo the number of samples.
+        num_classes: C.
+        alpha: λ comes from Beta(alpha, alpha), one for each sample.
+
+    Returns:
+        A new batch; its ``labels`` are float32 ``[B, C]``, a row of zeros where a sample or its partner is unlabelled.
+
+    Raises:
+        DataError: the batch holds integers other than labels and ids (tokens cannot be mixed), or a label out of range.
+    """
+    others = lookup(draws.integers("mixup.partner", 0, _INDICES))
+    quantile = draws.uniform("mixup.lambda").double().cpu().numpy()
+    ratio = torch.from_numpy(beta.ppf(quantile, alpha, alpha)).float().to(draws.sample_id.device)
+    mixed = dict(batch)
+    for name, values in batch.items():
+        if name == "labels":
+            mixed[name] = _mix(_soft(values, num_classes), _soft(others[name], num_classes), ratio)
+        elif values.is_floating_point():
+            mixed[name] = _mix(values, others[name], ratio)
+        elif name != "sample_id":
+            raise DataError(f"mixup mixes images and features, not '{name}' of type {values.dtype}")
+    if "labels" in batch:
+        mixed["labels"] = mixed["labels"] * _labelled(batch["labels"], others["labels"])[:, None]
+    return mixed
+
+
+def _mix(ours: Tensor, theirs: Tensor, ratio: Tensor) -> Tensor:
+    weight = ratio.to(ours.dtype).reshape(-1, *(1 for _ in ours.shape[1:]))
+    return weight * ours + (1 - weight) * theirs
+
+
+def _soft(labels: Tensor, num_classes: int) -> Tensor:
+    if labels.is_floating_point():
+        if labels.shape[1:] != (num_classes,):
+            raise DataError(f"mixup needs soft labels [B, {num_classes}] or class ids [B], got {list(labels.shape)}")
+        return labels.float()
+    if labels.ndim != 1:
+        raise DataError(f"mixup needs one class id per sample, got labels {list(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1 or high >= num_classes:
+        raise DataError(f"mixup: labels must lie between -1 and {num_classes - 1}, got {low} to {high}")
+    return F.one_hot(labels.long().clamp(min=0), num_classes).float()
+
+
+def _labelled(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return the samples of which both labels are known, bool [B]; soft labels are."""
+    known = [labels >= 0 if labels.ndim == 1 else labels.new_ones(len(labels)).bool() for labels in (ours, theirs)]
+    return known[0] & known[1]
+
+
+def _move(images: Tensor, dy: Tensor, dx: Tensor, mode: str, fill: float) -> Tensor:
+    """Return the image seen through a window moved by (dy, dx) pixels, one pair a sample, by one gather."""
+    height, width = images.shape[-2:]
+    rows, seen_rows = _places(dy, height, mode)
+    columns, seen_columns = _places(dx, width, mode)
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    if mode != "constant":
+        return moved
+    seen = seen_rows[:, :, None] & seen_columns[:, None, :]
+    return moved.masked_fill(~seen[:, None], fill)
+
+
+def _places(offset: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Return for each pixel of the view the source pixel, [B, size], and whether it lies inside the image."""
+    place = torch.arange(size, device=offset.device)[None, :] + offset[:, None]
+    inside = (place >= 0) & (place < size)
+    if mode == "reflect":
+        place = place.abs()
+        place = torch.where(place >= size, 2 * (size - 1) - place, place)
+    return place.clamp(0, size - 1), inside
+
+
+def _check_pixels(images: Tensor) -> None:
+    if images.shape[1] not in (1, 3):
+        raise DataError(f"randaugment needs one or three channels, got {images.shape[1]}")
+    if images.is_floating_point() and (float(images.min()) < 0 or float(images.max()) > 1):
+        low, high = float(images.min()), float(images.max())
+        raise DataError(
+            f"randaugment needs uint8, or float in [0, 1] before normalisation, got {low:.3g} to {high:.3g}"
+        )
+
+
+def _transforms() -> Any:
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise ComponentError("randaugment needs torchvision: pip install 'potstill[vision]'") from error
+    return v2

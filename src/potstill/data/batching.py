@@ -1,0 +1,74 @@
+"""Data sets that hand out ready batches: no per-sample Python for what fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from potstill.interfaces import Batch
+
+View = Callable[[Batch, int, Callable[[Tensor], Batch]], Batch]
+"""``(batch, epoch, lookup) -> batch``: what the model sees of the samples in this epoch; see ``data/augment.py``."""
+
+
+class InMemory(Dataset[Batch]):
+    """Samples as tensors, read by fancy indexing.
+
+    Args:
+        columns: name to tensor, samples first, all of one length; ``sample_id`` among them.
+        view: what is done to a raw batch: augmentation and normalisation.
+    """
+
+    def __init__(self, columns: Mapping[str, Tensor], view: View | None = None) -> None:
+        self.columns = dict(columns)
+        self.view = view
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by loader workers too
+
+    def __len__(self) -> int:
+        return len(self.columns["sample_id"])
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return these samples as one batch."""
+        batch = self.raw(torch.as_tensor(indices, dtype=torch.int64))
+        return batch if self.view is None else self.view(batch, int(self._epoch), self.raw)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the views of this epoch."""
+        self._epoch.fill_(epoch)
+
+    def raw(self, indices: Tensor) -> Batch:
+        """Return these samples as they are stored."""
+        return {name: value[indices] for name, value in self.columns.items()}
+
+
+class Lazy(InMemory):
+    """Samples whose main input is read and decoded when asked for, for data that does not fit into memory.
+
+    Args:
+        columns: the small columns, as in :class:`InMemory`.
+        read: ``(indices) -> {name: tensor}``, the large ones.
+        view: as in :class:`InMemory`.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, Tensor], read: Callable[[list[int]], Batch], view: View | None = None
+    ) -> None:
+        super().__init__(columns, view)
+        self.read = read
+
+    def raw(self, indices: Tensor) -> Batch:
+        """Return these samples, the large columns freshly read."""
+        return {**super().raw(indices), **self.read(indices.tolist())}
+
+
+def batches(dataset: Any, batch_size: int) -> Iterator[Batch]:
+    """Yield a data set in order, ``batch_size`` samples at a time, the last batch smaller."""
+    for start in range(0, len(dataset), batch_size):
+        yield dataset.__getitems__(list(range(start, min(start + batch_size, len(dataset)))))

@@ -1,0 +1,76 @@
+"""What a model answers on a whole split, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from potstill.data.batching import batches
+from potstill.interfaces import BatchDataset, Task
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's answers.
+
+    Attributes:
+        logits: ``[N, C]`` float32.
+        labels: ``[N]`` int64, −100 where unknown; ``None`` for a split without labels.
+        sample_id: ``[N]`` int64.
+    """
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.int64] | None
+    sample_id: NDArray[np.int64]
+
+    def save(self, path: Path) -> None:
+        """Write them as safetensors."""
+        arrays: dict[str, NDArray[Any]] = {"logits": self.logits, "sample_id": self.sample_id}
+        if self.labels is not None:
+            arrays["labels"] = self.labels
+        staged = path.with_suffix(".tmp")
+        safetensors.numpy.save_file(arrays, str(staged))
+        staged.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Predictions:
+        """Read what :meth:`save` wrote."""
+        arrays = safetensors.numpy.load_file(str(path))
+        return Predictions(arrays["logits"], arrays.get("labels"), arrays["sample_id"])
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, task: Task, dataset: BatchDataset, *, batch_size: int = 256, device: torch.device | str = "cpu"
+) -> Predictions:
+    """Return a model's logits on every sample of a data set, in order, in eval mode.
+
+    Args:
+        model: its mode and device are put back afterwards.
+        task: calls the model.
+        dataset: without random views.
+        batch_size: samples at a time.
+        device: where to compute.
+    """
+    was_training = model.training
+    model.eval().to(device)
+    logits, labels, ids = [], [], []
+    for batch in batches(dataset, batch_size):
+        placed = {name: value.to(device) for name, value in batch.items()}
+        logits.append(task.forward(model, placed)["logits"].float().cpu())
+        ids.append(batch["sample_id"])
+        if "labels" in batch:
+            labels.append(batch["labels"])
+    model.train(was_training).to("cpu")
+    return Predictions(
+        torch.cat(logits).numpy(),
+        torch.cat(labels).numpy() if labels else None,
+        torch.cat(ids).numpy(),
+    )

@@ -1,0 +1,210 @@
+"""The only place where config meets objects: from the sections of a recipe to tasks, data, objectives and trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from potstill.data.augment import split_step
+from potstill.data.load import Splits, load_splits
+from potstill.errors import TrainingError
+from potstill.interfaces import Task
+from potstill.losses.objective import Objective, Term
+from potstill.models.load import Blueprint
+from potstill.recipe.schema import ModelSpec, Recipe, TermSpec, TrainSpec
+from potstill.registry import callbacks, tasks
+from potstill.training.callbacks import MaxNorm
+from potstill.training.optimizers import find_optimizer, find_scheduler, make_scheduler
+
+DEFAULTS: dict[str, Any] = {
+    "logging_strategy": "steps",
+    "logging_steps": 0.02,
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "report_to": [],
+    "remove_unused_columns": False,
+    "restore_callback_states_from_checkpoint": True,
+    "per_device_eval_batch_size": 256,
+    "log_level": "error",
+}
+"""Training arguments where a recipe says nothing; fractions are shares of the training."""
+
+
+@dataclass(frozen=True)
+class TrainerSetup:
+    """What a ``train:`` section means to :class:`DistillationTrainer`."""
+
+    arguments: TrainingArguments
+    callbacks: list[TrainerCallback]
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+
+def make_task(recipe: Recipe) -> Task:
+    """Return the task, not yet fitted to data."""
+    task: Task = tasks.get(recipe.task.name)(**recipe.task.options, augment=list(recipe.data.augment))
+    return task
+
+
+def make_splits(recipe: Recipe, *, allow_code: bool = True) -> Splits:
+    """Return the data of a recipe.
+
+    Raises:
+        DataError: the data cannot be read or split as asked.
+    """
+    data = recipe.data
+    return load_splits(
+        data.source,
+        data.path,
+        name=data.name,
+        revision=data.revision,
+        splits=data.splits,
+        columns=data.columns,
+        limit=data.limit,
+        label=str(recipe.task.options.get("label", "label")),
+        label_names=data.labels,
+        validation=data.validation,
+        test=data.test,
+        seed=data.seed,
+        kwargs=data.kwargs,
+        allow_code=allow_code,
+    )
+
+
+def make_blueprint(spec: ModelSpec) -> Blueprint:
+    """Return how to build a model."""
+    return Blueprint(spec.model, spec.kwargs, None if spec.weights is None else Path(spec.weights).expanduser())
+
+
+def make_objective(recipe: Recipe, task: Task) -> Objective:
+    """Return the objective of the distilled student.
+
+    Raises:
+        ObjectiveError: a term cannot be made.
+    """
+    terms = {name: _term(spec) for name, spec in recipe.objective.items()}
+    return Objective(terms, response_mask=task.mask)
+
+
+def supervised_objective(task: Task) -> Objective:
+    """Return the task's own loss on the labels: how a teacher is trained."""
+    return Objective({"hard": Term(task.hard_loss)}, response_mask=task.mask)
+
+
+def check_labels(objective: Objective, train: Dataset, label: str) -> None:
+    """Raise if a term needs labels and the training split has none.
+
+    Raises:
+        TrainingError: names the terms and what to do.
+    """
+    needing = objective.needs_labels()
+    if needing and label not in train.column_names:
+        raise TrainingError(
+            f"the training split has no labels (no column '{label}'), and these terms of the objective need them: "
+            f"{', '.join(needing)}; drop them to distil from a transfer set, or name the column in task.label"
+        )
+
+
+def make_training(
+    spec: TrainSpec, *, folder: Path, seed: int, bars: bool, evaluates: bool, allow_code: bool = True
+) -> TrainerSetup:
+    """Return arguments, callbacks and the rest of a trainer's settings.
+
+    Args:
+        spec: the ``train:`` section.
+        folder: where checkpoints go.
+        seed: of shuffling, dropout and views.
+        bars: whether to show progress bars.
+        evaluates: whether there is a validation split.
+        allow_code: whether dotted paths outside potstill may be imported.
+
+    Raises:
+        TrainingError: an argument that Trainer refuses.
+        ComponentError: an unknown optimizer, scheduler or callback.
+    """
+    made = [_callback(component, allow_code) for component in spec.callbacks]
+    optimizer = find_optimizer(spec.optimizer, allow_code=allow_code)
+    scheduler = find_scheduler(spec.scheduler, allow_code=allow_code)
+    wanted = {**DEFAULTS, **_trainer_names(optimizer.trainer, optimizer.options, scheduler.trainer, scheduler.options)}
+    for callback in made:
+        wanted |= getattr(callback, "training_arguments", {})
+    if not evaluates:
+        wanted |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    wanted |= spec.options
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=spec.epochs,
+            per_device_train_batch_size=spec.batch_size,
+            learning_rate=spec.learning_rate,
+            weight_decay=spec.weight_decay,
+            seed=seed,
+            data_seed=seed,
+            disable_tqdm=not bars,
+            **wanted,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise TrainingError(f"train: {error}") from error
+    keywords: dict[str, Any] = {"projector_learning_rate": spec.projector_learning_rate}
+    if optimizer.target is not None:
+        keywords["optimizer_cls_and_kwargs"] = optimizer.target, {"lr": spec.learning_rate, **optimizer.options}
+    keywords["scheduler"] = make_scheduler(scheduler)
+    if spec.max_norm is not None:
+        made.append(MaxNorm(spec.max_norm))
+    return TrainerSetup(arguments, made, keywords)
+
+
+def apply_dropout(model: torch.nn.Module, share: float | None) -> None:
+    """Set every dropout layer of a model to ``share``; nothing for ``None``.
+
+    Raises:
+        TrainingError: the model has no dropout layer.
+    """
+    if share is None:
+        return
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd)]
+    if not layers and share:
+        raise TrainingError(f"train.dropout is {share} and {type(model).__name__} has no dropout layer")
+    for layer in layers:
+        layer.p = share
+
+
+def _term(spec: TermSpec) -> Term:
+    return Term(
+        spec.loss,
+        spec.student,
+        spec.teacher,
+        weight=spec.weight,
+        mask=spec.mask,
+        project=spec.project,
+        **spec.options,
+    )
+
+
+def _callback(component: str | Mapping[str, Any], allow_code: bool) -> TrainerCallback:
+    name, options = split_step(component)
+    factory: Callable[..., TrainerCallback] = callbacks.get(name, allow_code=allow_code)
+    return factory(**options)
+
+
+def _trainer_names(
+    optimizer: str | None, optimizer_options: Mapping[str, Any], scheduler: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    if optimizer is not None:
+        names["optim"] = optimizer
+        if optimizer_options:
+            names["optim_args"] = ",".join(f"{key}={value}" for key, value in optimizer_options.items())
+    if scheduler is not None:
+        names["lr_scheduler_type"] = scheduler
+        if options:
+            names["lr_scheduler_kwargs"] = dict(options)
+    return names

@@ -1,0 +1,222 @@
+"""The components that a recipe names: their names and options against the registry, all mistakes at once.
+
+It works on the raw tree of a recipe, so that one wrong key elsewhere hides nothing here, and imports neither models
+nor trainers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from potstill.data.augment import check_augmentations, split_step
+from potstill.errors import DataError, ObjectiveError, Problem, did_you_mean
+from potstill.losses.ramps import as_number, is_ramp
+from potstill.models.load import Blueprint
+from potstill.recipe.schema import SchemeSpec, TaskSpec, TermSpec, TrainSpec
+from potstill.registry import Registry, callbacks, losses, schemes, sources, tasks
+
+Path_ = tuple[str | int, ...]
+
+MANAGED = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "lr_scheduler_type": "scheduler",
+    "lr_scheduler_kwargs": "scheduler: {name: …, option: …}",
+    "optim": "optimizer",
+    "optim_args": "optimizer: {name: …, option: …}",
+    "label_smoothing_factor": "objective.hard.label_smoothing",
+    "output_dir": "--output",
+    "seed": "seed (at the top of the recipe)",
+    "data_seed": "seed (at the top of the recipe)",
+    "remove_unused_columns": "nothing: columns are chosen by the task",
+    "resume_from_checkpoint": "nothing: the same command goes on",
+}
+"""Training arguments that a recipe says in another way, and how."""
+
+
+def check_components(tree: Mapping[str, Any], *, allow_code: bool) -> list[Problem]:
+    """Return every mistake in the components of a recipe.
+
+    Args:
+        tree: the recipe as plain data, after ``extends`` and overrides.
+        allow_code: whether dotted paths outside potstill may be imported.
+    """
+    problems = _task_and_data(tree, allow_code)
+    problems += _models(tree, allow_code)
+    problems += _objective(tree, allow_code)
+    problems += _named(tree.get("scheme"), schemes, ("scheme",), SchemeSpec, allow_code)
+    problems += check_train(_section(tree, "train"), ("train",), allow_code=allow_code)
+    return problems
+
+
+def check_train(train: Mapping[str, Any], path: Path_, *, allow_code: bool) -> list[Problem]:
+    """Return every mistake in a ``train:`` section: arguments, optimizer, scheduler, callbacks."""
+    problems = _training_arguments(train, path)
+    if not train:
+        return problems
+    from potstill.training.optimizers import check_choice
+
+    for kind in ("optimizer", "scheduler"):
+        if kind in train:
+            problems += check_choice(kind, train[kind], (*path, kind), allow_code=allow_code)
+    for place, component in enumerate(_list(train.get("callbacks"))):
+        where = (*path, "callbacks", place)
+        try:
+            name, options = split_step(component)
+        except DataError:
+            problems.append(Problem(where, "expected a callback as a name or as `name: {option: value}`"))
+        else:
+            problems += callbacks.check(name, options, path=(*where, name), allow_code=allow_code)
+    return problems
+
+
+def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
+    problems = _named(tree.get("task"), tasks, ("task",), TaskSpec, allow_code)
+    data = _section(tree, "data")
+    source = data.get("source")
+    if isinstance(source, str) and source not in sources.names():
+        problems += sources.check(source, _section(data, "kwargs"), path=("data", "source"), allow_code=allow_code)
+    name = _section(tree, "task").get("name")
+    kind = tasks.facts(name).get("input") if isinstance(name, str) else None
+    if kind:
+        problems += check_augmentations(_list(data.get("augment")), kind, ("data", "augment"))
+    return problems
+
+
+def _models(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
+    places: list[Path_] = [("student",), ("teacher",), *(("teachers", name) for name in _section(tree, "teachers"))]
+    problems: list[Problem] = []
+    for path in places:
+        section = _section(tree, *path)
+        if isinstance(section.get("model"), str):
+            problems += Blueprint(section["model"], _section(section, "kwargs")).check(path, allow_code=allow_code)
+        if path[0] != "student":
+            problems += check_train(_section(section, "train"), (*path, "train"), allow_code=allow_code)
+        problems += _weights(section, path)
+    return problems + _teachers(tree)
+
+
+def _weights(section: Mapping[str, Any], path: Path_) -> list[Problem]:
+    weights = section.get("weights")
+    if isinstance(weights, str) and not Path(weights).expanduser().is_file():
+        return [Problem((*path, "weights"), f"expected a safetensors file, and there is none at '{weights}'")]
+    return []
+
+
+def _teachers(tree: Mapping[str, Any]) -> list[Problem]:
+    """One teacher or several, not both; and every teacher that a term names is there."""
+    names = list(_section(tree, "teachers"))
+    if tree.get("teacher") and names:
+        return [Problem(("teachers",), "expected either `teacher` or `teachers`, got both")]
+    problems = []
+    for path, spec in _soft_terms(tree):
+        if not tree.get("teacher") and not names:
+            return [Problem(path, "this term compares with a teacher and the recipe has none", "add `teacher:`")]
+        wanted = spec.get("teacher", "logits")
+        for signal in [wanted] if isinstance(wanted, str) else _list(wanted):
+            owner = str(signal).split("/")[0]
+            if names and owner not in names:
+                hint = did_you_mean(owner, names)
+                problems.append(Problem((*path, "teacher"), f"expected TEACHER/SIGNAL, got '{signal}'", hint))
+    return problems
+
+
+def _objective(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
+    problems: list[Problem] = []
+    objective = tree.get("objective")
+    if isinstance(objective, Mapping) and not objective:
+        return [Problem(("objective",), "expected at least one term, got none")]
+    for name, spec in _section(tree, "objective").items():
+        if isinstance(spec, Mapping) and isinstance(spec.get("loss"), str):
+            problems += _term(spec, ("objective", name), allow_code)
+    return problems
+
+
+def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Problem]:
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for key, value in spec.items():
+        try:
+            ramp = as_number(value)
+        except (ObjectiveError, TypeError) as error:
+            problems.append(Problem((*path, key), str(error)))
+            continue
+        if key not in TermSpec.model_fields:
+            values[key] = ramp.start if is_ramp(value) else value
+    if spec["loss"] not in losses.names() and ":" not in spec["loss"]:
+        hint = did_you_mean(spec["loss"], losses.names())
+        return [*problems, Problem((*path, "loss"), f"there is no loss '{spec['loss']}'", hint)]
+    found = losses.check(spec["loss"], values, path=path, allow_code=allow_code)
+    return problems + [_with_fields(p, TermSpec) for p in found]
+
+
+def _named(
+    section: Any, registry: Registry, path: Path_, spec: type[TaskSpec] | type[SchemeSpec], allow_code: bool
+) -> list[Problem]:
+    if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+        return []
+    name = section["name"]
+    if name not in registry.names() and ":" not in name:
+        hint = did_you_mean(name, registry.names())
+        return [Problem((*path, "name"), f"there is no {registry.kind} '{name}'", hint)]
+    options = {key: value for key, value in section.items() if key not in spec.model_fields}
+    return registry.check(name, options, path=path, allow_code=allow_code)
+
+
+def _training_arguments(train: Mapping[str, Any], path: Path_) -> list[Problem]:
+    extra = [key for key in train if key not in TrainSpec.model_fields]
+    if not extra:
+        return []
+    from transformers.training_args import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)} - set(MANAGED)
+    problems = []
+    for key in extra:
+        if key in MANAGED:
+            problems.append(Problem((*path, key), f"expected another way to say '{key}'", f"use {MANAGED[key]}"))
+        elif key not in known:
+            hint = did_you_mean(str(key), [*TrainSpec.model_fields, *known])
+            problems.append(Problem((*path, key), f"unknown key '{key}'", hint))
+    return problems
+
+
+def _with_fields(problem: Problem, spec: type[TermSpec]) -> Problem:
+    """Let the nearest name of an unknown option be a key of the section too (``wieght`` is ``weight``)."""
+    key = str(problem.path[-1])
+    if "has no option" not in problem.message:
+        return problem
+    known = [*spec.model_fields]
+    close = did_you_mean(key, known)
+    return Problem(problem.path, problem.message, close) if close.startswith("did") else problem
+
+
+def _soft_terms(tree: Mapping[str, Any]) -> list[tuple[Path_, Mapping[str, Any]]]:
+    found: list[tuple[Path_, Mapping[str, Any]]] = []
+    for name, spec in _section(tree, "objective").items():
+        if isinstance(spec, Mapping) and spec.get("loss") in losses.names():
+            target = losses.get(spec["loss"])
+            if "teacher" in _parameters(target):
+                found.append((("objective", name), spec))
+    return found
+
+
+def _parameters(target: Any) -> set[str]:
+    """Return the parameter names of a loss, function or module."""
+    import inspect
+
+    function = getattr(target, "forward", target)
+    return set(inspect.signature(function).parameters)
+
+
+def _section(tree: Any, *keys: str | int) -> dict[Any, Any]:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return dict(tree) if isinstance(tree, Mapping) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []

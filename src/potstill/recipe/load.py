@@ -1,0 +1,72 @@
+"""From a file, a packaged name or a dictionary to a :class:`Recipe`, with every mistake at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from potstill.errors import Problem, RecipeError, did_you_mean
+from potstill.recipe.check import check_components
+from potstill.recipe.document import Document, read_document
+from potstill.recipe.problems import located, problems_of, tidy
+from potstill.recipe.schema import Recipe
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Return the recipes that come with potstill, by name."""
+    folder = Path(str(resources.files("potstill.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(reference: str) -> Path | None:
+    """Return the file of a recipe: a path, or the name of a packaged one."""
+    path = Path(reference).expanduser()
+    return path if path.exists() else packaged_recipes().get(reference.removesuffix(".yaml"))
+
+
+def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Recipe:
+    """Return the recipe in a file or of a packaged name, with ``key=value`` overrides.
+
+    Args:
+        reference: a path, or a name of ``potstill list recipes``.
+        overrides: such as ``train.epochs=3``; later ones win.
+        allow_code: whether dotted paths outside potstill may be imported.
+
+    Raises:
+        RecipeError: lists every mistake with file, line, key path and the nearest right thing.
+    """
+    path = find_recipe(str(reference))
+    if path is None:
+        looks_like_name = "/" not in str(reference) and not str(reference).endswith((".yaml", ".yml"))
+        hint = did_you_mean(str(reference), packaged_recipes()) if looks_like_name else None
+        if hint is None:
+            return _validated(read_document(Path(reference), overrides, find=find_recipe), allow_code)
+        raise RecipeError([Problem((), f"there is no recipe '{reference}', as a file or packaged", hint)])
+    return _validated(read_document(path, overrides, find=find_recipe), allow_code)
+
+
+def recipe_from(tree: Mapping[str, Any], *, allow_code: bool = True) -> Recipe:
+    """Return the recipe that a dictionary describes.
+
+    Raises:
+        RecipeError: lists every mistake with its key path.
+    """
+    return _validated(Document(tree=dict(tree), places={}, problems=[]), allow_code)
+
+
+def _validated(document: Document, allow_code: bool) -> Recipe:
+    problems = list(document.problems)
+    recipe = None
+    if document.tree:
+        try:
+            recipe = Recipe.model_validate(document.tree)
+        except ValidationError as error:
+            problems += problems_of(error, document, Recipe)
+        problems += located(check_components(document.tree, allow_code=allow_code), document)
+    if problems or recipe is None:
+        raise RecipeError(tidy(problems))
+    return recipe

@@ -1,0 +1,153 @@
+"""What a recipe may say. Data, never code: frozen, and an unknown key is a mistake.
+
+The options of a component (a loss, task, model, optimizer, …) are checked against its signature in
+``recipe/check.py``, so a new component needs no line here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Above0 = Annotated[float, Field(gt=0)]
+AtLeast0 = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Component = str | dict[str, Any]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class OpenSection(Section):
+    """A section that also takes the options of the component that it names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beyond those of the section itself."""
+        return dict(self.model_extra or {})
+
+
+class TaskSpec(OpenSection):
+    """What is learned: a task's name and its options."""
+
+    name: str
+
+
+class DataSpec(Section):
+    """On what: where the data is and how it is split.
+
+    ``splits`` and ``columns`` map our names to the data set's; ``limit`` draws a seeded subset of a split;
+    ``validation`` and ``test`` are the shares (or rows) carved from the training split where the set has none.
+    """
+
+    source: str
+    path: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    splits: dict[str, str] = Field(default_factory=dict)
+    columns: dict[str, str] = Field(default_factory=dict)
+    limit: dict[str, Positive] = Field(default_factory=dict)
+    labels: list[str] | None = None
+    validation: float | Positive = 0.1
+    test: float | Positive = 0.2
+    seed: int = 42
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    augment: list[Component] = Field(default_factory=list)
+
+
+class TrainSpec(OpenSection):
+    """How a model is trained; every other key is passed to ``transformers.TrainingArguments``.
+
+    ``optimizer`` and ``scheduler`` are names of Trainer, of ``torch.optim`` or dotted, with options beside ``name``;
+    ``max_norm`` bounds the length of each unit's incoming weights; ``dropout`` sets every dropout layer.
+    """
+
+    epochs: Above0 = 3.0
+    batch_size: Positive = 32
+    learning_rate: Above0 = 1e-3
+    weight_decay: AtLeast0 = 0.0
+    optimizer: Component = "AdamW"
+    scheduler: Component = "linear"
+    projector_learning_rate: Above0 | None = None
+    dropout: Share | None = None
+    max_norm: Above0 | None = None
+    callbacks: list[Component] = Field(default_factory=list)
+
+
+class ModelSpec(Section):
+    """Who: a reference, the options of its factory, and weights to load into it."""
+
+    model: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+
+
+class TeacherSpec(ModelSpec):
+    """A teacher; ``train`` says how it is trained first, where it is not trained already."""
+
+    train: TrainSpec | None = None
+
+
+class TermSpec(OpenSection):
+    """One term of the objective; the other keys are options of the loss, and numbers may be ramps."""
+
+    loss: str
+    student: str | list[str] = "logits"
+    teacher: str | list[str] = "logits"
+    weight: float | dict[str, Any] = 1.0
+    mask: str | None = None
+    project: str | None = None
+
+
+class SchemeSpec(OpenSection):
+    """Who teaches whom: a scheme's name and its options."""
+
+    name: str = "offline"
+
+
+class BaselineSpec(Section):
+    """The same student without a teacher, on the same budget."""
+
+    enabled: bool = True
+
+
+class EvaluateSpec(Section):
+    """How models are judged."""
+
+    batch_size: Positive = 256
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    latency: bool = True
+
+
+class Recipe(Section):
+    """Everything that one run is asked to do."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    seed: int = 0
+    task: TaskSpec
+    data: DataSpec
+    teacher: TeacherSpec | None = None
+    teachers: dict[str, TeacherSpec] = Field(default_factory=dict)
+    student: ModelSpec
+    objective: dict[str, TermSpec]
+    scheme: SchemeSpec = SchemeSpec()
+    train: TrainSpec = TrainSpec()
+    baseline: BaselineSpec = BaselineSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherSpec]:
+        """Every teacher by name; the one under ``teacher:`` is called ``teacher``."""
+        return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
+
+
+Kind = Literal["recipes", "losses", "tasks", "schemes", "compressors", "sources", "augmentations", "models", "callbacks"]
+"""What ``potstill list`` can list."""

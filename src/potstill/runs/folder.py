@@ -1,0 +1,167 @@
+"""A run's folder: atomic files, one process at a time, and a line for everything that happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from potstill._version import __version__
+from potstill.errors import RunError
+
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "torchvision", "timm")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; made if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the lock of a dead process is taken over.
+
+        Raises:
+            RunError: another process holds it; says which, since when and on which machine.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        holder = self / "lock.json"
+        lock = FileLock(str(self / ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"{self.path} is in use by {_describe(holder)}; wait for it or choose --output") from error
+        try:
+            about = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now(), "command": " ".join(sys.argv)}
+            write_json(holder, about)
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def claim(self, recipe: dict[str, Any]) -> None:
+        """Write the resolved recipe, or check that the folder belongs to the same one.
+
+        Raises:
+            RunError: the folder belongs to another recipe; names the keys that differ.
+        """
+        path = self / "recipe.resolved.yaml"
+        if path.exists():
+            known = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if known != recipe:
+                keys = ", ".join(_differences(known, recipe)[:5])
+                raise RunError(f"{self.path} belongs to another recipe (they differ in {keys}); choose --output")
+            return
+        write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        write_json(self / "environment.json", environment())
+
+    def event(self, event: str, **about: Any) -> None:
+        """Append one line to ``events.jsonl``."""
+        line = json.dumps({"time": _now(), "event": event, **about}, ensure_ascii=False) + "\n"
+        with (self / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return every event; a line cut off by a kill is left out."""
+        path = self / "events.jsonl"
+        found = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def is_done(self, step: str) -> bool:
+        """Return whether a step is finished."""
+        return (self / f"steps/{step}.json").is_file()
+
+    def mark_done(self, step: str, **about: Any) -> None:
+        """Mark a step as finished; call it after everything that the step writes."""
+        write_json(self / f"steps/{step}.json", {"finished": _now(), **about})
+
+    def clear(self, name: str) -> None:
+        """Delete a file or folder of the run."""
+        target = self / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + f".{os.getpid()}.tmp")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Return what a figure may depend on: versions, processor, threads, accelerator, command."""
+    import torch
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "potstill": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": versions,
+        "command": " ".join(sys.argv),
+        "started": _now(),
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _describe(holder: Path) -> str:
+    try:
+        about = json.loads(holder.read_text(encoding="utf-8"))
+        return f"process {about['pid']} on {about['host']} since {about['since']} ({about['command']})"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def _differences(first: Any, second: Any, path: str = "") -> list[str]:
+    if isinstance(first, dict) and isinstance(second, dict):
+        found = []
+        for key in [*first, *(key for key in second if key not in first)]:
+            found += _differences(first.get(key), second.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if first == second else [path or "the whole recipe"]

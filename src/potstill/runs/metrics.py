@@ -1,0 +1,94 @@
+"""The schema of ``metrics.json``: what a run measured. Version 1; documented in ``docs/metrics.md``."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
+
+SCHEMA_VERSION = 1
+
+
+def _none_to_nan(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+Figure = Annotated[float, BeforeValidator(_none_to_nan)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Estimate(_Strict):
+    """A figure with its 95 % interval; an end that is unknown is NaN, written as null."""
+
+    value: float
+    low: Figure = math.nan
+    high: Figure = math.nan
+
+    @model_serializer
+    def _plain(self) -> dict[str, float | None]:
+        return {name: None if math.isnan(value) else value for name, value in dict(self).items()}
+
+
+class Gain(Estimate):
+    """How much better the student is than its baseline, in units of the primary metric.
+
+    Attributes:
+        p: two-sided p-value of a paired test over the test samples.
+    """
+
+    p: Figure = math.nan
+
+
+class ModelMetrics(_Strict):
+    """One model of a run.
+
+    Attributes:
+        role: what it is to the run.
+        metrics: the task's metrics on the test split, each with a bootstrap interval over the samples.
+        parameters: number of parameters.
+        bytes: size of the weight files.
+        latency_ms: median time of a forward in milliseconds, by batch size (``"1"``, ``"32"``).
+        agreement: share of test samples answered as by the first teacher; none for that teacher.
+    """
+
+    role: Literal["teacher", "baseline", "student", "variant"]
+    metrics: dict[str, Estimate] = Field(default_factory=dict)
+    parameters: int
+    bytes: int
+    latency_ms: dict[str, float] = Field(default_factory=dict)
+    agreement: float | None = None
+
+
+class RunMetrics(_Strict):
+    """Everything that a run measured.
+
+    Attributes:
+        schema_version: 1.
+        recipe: the recipe's name.
+        seed: the recipe's seed.
+        primary: name of the metric by which models are compared.
+        split: the split of the figures, with its number of samples in ``samples``.
+        chance: primary metric of the best constant guess.
+        models: by name: ``teacher`` (or the teachers' own names), ``baseline``, ``distilled``.
+        retention: student / teacher in the primary metric.
+        retention_above_chance: (student − chance) / (teacher − chance).
+        gain: student − baseline in the primary metric; none without a baseline.
+        notes: what a reader should know: splits that were carved, steps that were left out and why.
+    """
+
+    schema_version: Literal[1] = 1
+    recipe: str
+    seed: int
+    primary: str
+    split: str = "test"
+    samples: int
+    chance: float | None = None
+    models: dict[str, ModelMetrics]
+    retention: float | None = None
+    retention_above_chance: float | None = None
+    gain: Gain | None = None
+    notes: list[str] = Field(default_factory=list)

@@ -1,0 +1,356 @@
+"""One run: teacher, baseline, distilled student, evaluation; each step resumable, and done once.
+
+A step writes what it makes under a temporary name, renames it and then marks itself as done, so a run that is killed
+at any point goes on with the same command and comes to the same result.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import EvalPrediction
+
+from potstill._version import __version__
+from potstill.data.load import Splits
+from potstill.evaluation.cost import bytes_on_disk, latencies, parameters
+from potstill.evaluation.fidelity import agreement, retention, retention_above_chance
+from potstill.evaluation.metrics import compare, estimate
+from potstill.evaluation.predict import Predictions, predict
+from potstill.interfaces import Progress, Task
+from potstill.losses.objective import Objective
+from potstill.models.load import CARD, Blueprint, find_factory, load_model, save_model
+from potstill.recipe import build
+from potstill.recipe.schema import ModelSpec, Recipe, TrainSpec
+from potstill.registry import schemes
+from potstill.runs.cache import Cache, content_hash, table_hash
+from potstill.runs.folder import RunFolder, write_json
+from potstill.runs.metrics import Estimate, Gain, ModelMetrics, RunMetrics
+from potstill.teachers.live import Live
+from potstill.training.checkpoints import latest_checkpoint
+from potstill.training.trainer import DistillationTrainer, ready_batch
+
+logger = logging.getLogger("potstill")
+
+
+class Run:
+    """A recipe and its folder.
+
+    Args:
+        recipe: what is asked.
+        output: the folder; ``runs/NAME-HASH`` if omitted, so that each recipe has its own.
+        allow_code: whether dotted paths outside potstill may be imported.
+        bars: whether to show progress bars; where standard error is a terminal if omitted.
+        cache: where trained teachers are shared; the user's if omitted.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path | str | None = None,
+        *,
+        allow_code: bool = True,
+        bars: bool | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.tree = recipe.model_dump(mode="json")
+        self.folder = RunFolder(Path(output) if output else default_output(recipe))
+        self.allow_code = allow_code
+        self.bars = sys.stderr.isatty() if bars is None else bars
+        self.cache = cache or Cache()
+        self.notes: list[str] = []
+
+    def execute(self) -> RunMetrics:
+        """Do every step that is not done yet and return the metrics.
+
+        Raises:
+            RunError: the folder is in use or belongs to another recipe.
+            PotstillError: the recipe asks for what cannot be.
+        """
+        state = PartialState()
+        with self.folder.locked() if state.is_main_process else nullcontext():
+            if state.is_main_process:
+                self.folder.claim(self.tree)
+            state.wait_for_everyone()
+            for name in self.recipe.all_teachers:
+                self._step(name, lambda name=name: self._teach(name))
+            if self._has_baseline:
+                self._step("baseline", self._baseline)
+            self._step("distilled", self._distill)
+            self._step("evaluate", self._evaluate)
+            state.wait_for_everyone()
+        return self.metrics()
+
+    def metrics(self) -> RunMetrics:
+        """Return what ``metrics.json`` holds."""
+        return RunMetrics.model_validate_json((self.folder / "metrics.json").read_text(encoding="utf-8"))
+
+    # ---- what the steps share --------------------------------------------------------------------------------------
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The data, read when first asked for."""
+        if not self.bars:
+            datasets.disable_progress_bars()
+        return build.make_splits(self.recipe, allow_code=self.allow_code)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task, fitted to the training split."""
+        task = build.make_task(self.recipe)
+        task.fit(self.splits.train)
+        return task
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The objective of the distilled student; fresh projectors."""
+        objective = build.make_objective(self.recipe, self.task)
+        build.check_labels(objective, self.splits.train, self._label)
+        return objective
+
+    @property
+    def _label(self) -> str:
+        return str(self.recipe.task.options.get("label", "label"))
+
+    @property
+    def _has_baseline(self) -> bool:
+        if self.recipe.baseline.enabled and self._label not in self.splits.train.column_names:
+            self._note("no baseline: the training split has no labels to train one on")
+            return False
+        return self.recipe.baseline.enabled
+
+    def model_folder(self, name: str) -> Path:
+        """Return where the model of that name is saved."""
+        return self.folder / f"models/{name}"
+
+    def student(self) -> nn.Module:
+        """Return a fresh student; the same weights each time, for baseline and distilled student alike."""
+        blueprint = build.make_blueprint(self.recipe.student)
+        return blueprint.build(self.task.facts(), seed=self.recipe.seed, allow_code=self.allow_code)
+
+    def load(self, name: str) -> nn.Module:
+        """Return a saved model of this run."""
+        return load_model(self.model_folder(name), allow_code=self.allow_code)[0]
+
+    # ---- the steps -------------------------------------------------------------------------------------------------
+
+    def _teach(self, name: str) -> None:
+        """Train a teacher that is to be trained, or take it from the cache; save it."""
+        spec = self.recipe.all_teachers[name]
+        target = self.model_folder(name)
+        key = self._teacher_key(name)
+        if self.cache.fetch("teachers", key, target):
+            self._event("reused", step=name, key=key)
+            logger.info("%s: reused from the cache (%s)", name, key)
+            return
+        model = build.make_blueprint(spec).build(self.task.facts(), seed=self.recipe.seed, allow_code=self.allow_code)
+        if spec.train is not None:
+            self._train(name, model, spec.train, build.supervised_objective(self.task))
+        self._save(name, model, spec)
+        if spec.train is not None:
+            self.cache.store("teachers", key, target)
+
+    def _baseline(self) -> None:
+        """Train the student without a teacher."""
+        model = self.student()
+        self._train("baseline", model, self.recipe.train, self.objective.hard_only())
+        self._save("baseline", model, self.recipe.student)
+
+    def _distill(self) -> None:
+        """Train the student with its teachers, as the scheme has it."""
+        taps = [name for name in self.objective.taps("teacher") if name.split("/")[-1] != "logits"]
+        teachers = {name: self._source(name, taps) for name in self.recipe.all_teachers}
+        scheme = schemes.get(self.recipe.scheme.name, allow_code=self.allow_code)(**self.recipe.scheme.options)
+        scheme.setup(self.student(), teachers)
+        model = scheme.learners()["student"]
+        source = scheme.sources(Progress()).get("teacher")
+        self._train("distilled", model, self.recipe.train, self.objective, teacher=source)
+        self._save("distilled", model, self.recipe.student)
+
+    def _source(self, name: str, taps: list[str]) -> Live:
+        several = len(self.recipe.all_teachers) > 1
+        own = [tap.removeprefix(f"{name}/") for tap in taps if not several or tap.startswith(f"{name}/")]
+        return Live(self.load(name), own, forward=self.task.forward)
+
+    def _evaluate(self) -> None:
+        """Judge every model on the test split, which is read once, and write ``metrics.json``."""
+        roles = {name: "teacher" for name in self.recipe.all_teachers}
+        if self.folder.is_done("baseline"):
+            roles["baseline"] = "baseline"
+        roles["distilled"] = "student"
+        models = {name: self.load(name) for name in roles}
+        answers = self._predictions(models)
+        timed = latencies(models, self.task) if self.recipe.evaluate.latency else {name: {} for name in models}
+        first = next(iter(self.recipe.all_teachers), None)
+        found = {
+            name: ModelMetrics.model_validate(
+                {
+                    "role": role,
+                    "metrics": self._estimates(answers[name]),
+                    "parameters": parameters(models[name]),
+                    "bytes": bytes_on_disk(self.model_folder(name)),
+                    "latency_ms": timed[name],
+                    "agreement": None if first in (None, name) else agreement(answers[name].logits, answers[first].logits),
+                }
+            )
+            for name, role in roles.items()
+        }
+        write_json(self.folder / "metrics.json", self._summary(found, answers, first).model_dump(mode="json"))
+
+    def _predictions(self, models: Mapping[str, nn.Module]) -> dict[str, Predictions]:
+        dataset = self.task.dataset(self.splits.test, training=False, seed=self.recipe.seed)
+        found = {}
+        for name, model in models.items():
+            logger.info("%s: answering the test split (%d samples)", name, len(dataset))
+            found[name] = predict(model, self.task, dataset, batch_size=self.recipe.evaluate.batch_size)
+            path = self.folder / f"predictions/{name}.test.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            found[name].save(path)
+        return found
+
+    def _estimates(self, predictions: Predictions) -> dict[str, Estimate]:
+        found = estimate(self.task, predictions, resamples=self.recipe.evaluate.resamples)
+        return {name: Estimate(value=value, low=low, high=high) for name, (value, low, high) in found.items()}
+
+    def _summary(
+        self, models: dict[str, ModelMetrics], answers: dict[str, Predictions], first: str | None
+    ) -> RunMetrics:
+        primary = self.task.primary
+        labels = answers["distilled"].labels
+        gain = None
+        if "baseline" in models:
+            resamples = self.recipe.evaluate.resamples
+            compared = compare(self.task, answers["distilled"], answers["baseline"], resamples=resamples)
+            gain = None if compared is None else Gain.model_validate(compared)
+        summary = RunMetrics(
+            recipe=self.recipe.name,
+            seed=self.recipe.seed,
+            primary=primary,
+            samples=len(answers["distilled"].logits),
+            chance=None if labels is None else self.task.chance(labels),
+            models=models,
+            gain=gain,
+            notes=[*self.splits.notes, *self.notes],
+        )
+        if first is not None and primary in models["distilled"].metrics:
+            student, teacher = (models[name].metrics[primary].value for name in ("distilled", first))
+            summary.retention = retention(student, teacher)
+            summary.retention_above_chance = retention_above_chance(student, teacher, summary.chance or 0.0)
+        return summary
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def _train(self, name: str, model: nn.Module, spec: TrainSpec, objective: Objective, teacher: Any = None) -> None:
+        """Train a model on the training split; goes on from the last whole checkpoint."""
+        checkpoints = self.folder / f"checkpoints/{name}"
+        build.apply_dropout(model, spec.dropout)
+        validation = self.splits.validation
+        setup = build.make_training(
+            spec,
+            folder=checkpoints,
+            seed=self.recipe.seed,
+            bars=self.bars,
+            evaluates=validation is not None and self._label in validation.column_names,
+            allow_code=self.allow_code,
+        )
+        trainer = DistillationTrainer(
+            model=model,
+            teacher=teacher,
+            objective=objective,
+            forward=self.task.forward,
+            args=setup.arguments,
+            train_dataset=self.task.dataset(self.splits.train, training=True, seed=self.recipe.seed),
+            eval_dataset=None if validation is None else self.task.dataset(validation, training=False, seed=0),
+            data_collator=ready_batch,
+            compute_metrics=self._compute_metrics,
+            callbacks=setup.callbacks,
+            **setup.keywords,
+        )
+        resume = latest_checkpoint(checkpoints)
+        self._event("training", step=name, resumed_from=None if resume is None else resume.name)
+        logger.info("%s: training%s", name, "" if resume is None else f", going on from {resume.name}")
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if PartialState().is_main_process:
+            write_json(self.folder / f"history/{name}.json", trainer.state.log_history)
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return self.task.metrics(self.task.answers(logits), np.asarray(prediction.label_ids))
+
+    def _save(self, name: str, model: nn.Module, spec: ModelSpec) -> None:
+        """Save a model with all that inference needs, whole or not at all."""
+        if not PartialState().is_main_process:
+            return
+        target = self.model_folder(name)
+        staged = target.with_name(target.name + ".tmp")
+        shutil.rmtree(staged, ignore_errors=True)
+        save_model(model.to("cpu"), staged, self._card(spec))
+        shutil.rmtree(target, ignore_errors=True)
+        staged.rename(target)
+
+    def _card(self, spec: ModelSpec) -> dict[str, Any]:
+        blueprint = build.make_blueprint(spec)
+        about = {"potstill": __version__, "task": self.recipe.task.name, "settings": self.task.settings()}
+        folder = Path(spec.model).expanduser()
+        if (folder / CARD).is_file():
+            _, card = load_model(folder, allow_code=self.allow_code)
+            return {**card, **about}
+        factory = find_factory(spec.model, allow_code=self.allow_code)
+        return {**about, "model": spec.model, "kwargs": blueprint.complete(factory, self.task.facts())}
+
+    def _teacher_key(self, name: str) -> str:
+        """Everything that the trained teacher depends on."""
+        spec = self.recipe.all_teachers[name]
+        data = [table_hash(split) for split in (self.splits.train, self.splits.validation) if split is not None]
+        weights = None if spec.weights is None else Path(spec.weights).expanduser().read_bytes().hex()
+        about = {"teacher": spec.model_dump(mode="json"), "task": self.task.settings(), "data": data}
+        versions = {"potstill": __version__, "torch": torch.__version__}
+        augment = self.recipe.data.model_dump(mode="json")["augment"]
+        return content_hash({**about, **versions, "seed": self.recipe.seed, "augment": augment, "weights": weights})
+
+    # ---- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _step(self, name: str, work: Callable[[], None]) -> None:
+        """Do a step unless it is done, then mark it; every process waits for the others."""
+        state = PartialState()
+        state.wait_for_everyone()
+        if self.folder.is_done(name):
+            return
+        self._event("begin", step=name)
+        if name != "evaluate" or state.is_main_process:
+            work()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self.folder.mark_done(name)
+            self._event("done", step=name)
+            self.folder.clear(f"checkpoints/{name}")
+        state.wait_for_everyone()
+
+    def _event(self, event: str, **about: Any) -> None:
+        if PartialState().is_main_process:
+            self.folder.event(event, **about)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            logger.warning(text)
+
+
+def default_output(recipe: Recipe) -> Path:
+    """Return ``runs/NAME-HASH`` under the working directory: the same recipe, the same folder."""
+    return Path("runs") / f"{recipe.name}-{content_hash(recipe.model_dump(mode='json'))[:8]}"
+
+
+__all__ = ["Blueprint", "Run", "default_output"]

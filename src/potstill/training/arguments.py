@@ -1,0 +1,41 @@
+"""Training arguments that would silently give wrong results are refused, with the right way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from potstill.errors import TrainingError
+
+
+def check_arguments(args: TrainingArguments) -> TrainingArguments:
+    """Return the arguments, with non-reentrant checkpointing, or refuse them.
+
+    Raises:
+        TrainingError: ``label_smoothing_factor``, re-entrant gradient checkpointing, or several GPUs in one process.
+    """
+    if getattr(args, "label_smoothing_factor", 0):
+        raise TrainingError(
+            "label_smoothing_factor would bypass the objective; use objective.hard.label_smoothing "
+            '(in Python: Term("cross_entropy", label_smoothing=…))'
+        )
+    if getattr(args, "n_gpu", 1) > 1:
+        raise TrainingError(
+            f"{args.n_gpu} GPUs in one process would use DataParallel, which loses taps; start with "
+            "`accelerate launch` or `torchrun`, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    for switch in ("gradient_checkpointing", "activation_checkpointing"):
+        _use_non_reentrant(args, switch)
+    return args
+
+
+def _use_non_reentrant(args: Any, switch: str) -> None:
+    options = getattr(args, f"{switch}_kwargs", None) or {}
+    if options.get("use_reentrant"):
+        raise TrainingError(
+            f"{switch} with use_reentrant=True changes the gradients of tapped signals without a word; "
+            "use use_reentrant=False"
+        )
+    if getattr(args, switch, False):
+        setattr(args, f"{switch}_kwargs", {**options, "use_reentrant": False})

@@ -1,0 +1,138 @@
+"""What may happen beside the training: early stopping, the best checkpoint, weight constraints, more logging.
+
+A callback may declare ``training_arguments``, which are set when a recipe names it, and ``bind(trainer)``, which is
+called once the trainer exists. Those with a state are ``ExportableState`` and survive a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
+
+from potstill.data.batching import batches
+from potstill.registry import callbacks
+
+_CONSTRAINED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@callbacks.register("early_stopping")
+class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Stop when a validation metric has not got better for some evaluations; the best weights are kept.
+
+    Args:
+        metric: name of the metric, or ``loss``.
+        patience: evaluations without a gain before it stops.
+        threshold: what counts as a gain, in units of the metric.
+        greater_is_better: whether a higher value is better.
+    """
+
+    def __init__(
+        self,
+        metric: str = "accuracy",
+        patience: Annotated[int, Field(gt=0)] = 3,
+        threshold: Annotated[float, Field(ge=0)] = 0.0,
+        greater_is_better: bool | None = None,
+    ) -> None:
+        super().__init__(early_stopping_patience=patience, early_stopping_threshold=threshold)
+        self.metric = metric
+        self.training_arguments = _best(metric, greater_is_better)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resume needs."""
+        own = {
+            "metric": self.metric,
+            "patience": self.early_stopping_patience,
+            "threshold": self.early_stopping_threshold,
+            "greater_is_better": self.training_arguments["greater_is_better"],
+        }
+        return {"args": own, "attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter}}
+
+
+@callbacks.register("best_checkpoint")
+class BestCheckpoint(TrainerCallback):  # type: ignore[misc]
+    """Keep the weights that were best on the validation split rather than the last.
+
+    Args:
+        metric: name of the metric, or ``loss``.
+        greater_is_better: whether a higher value is better; by default for everything but ``loss``.
+    """
+
+    def __init__(self, metric: str = "accuracy", greater_is_better: bool | None = None) -> None:
+        self.training_arguments = _best(metric, greater_is_better)
+
+
+@callbacks.register("agreement")
+class Agreement(TrainerCallback):  # type: ignore[misc]
+    """Log the share of validation samples on which student and teacher answer alike, at every evaluation."""
+
+    def __init__(self) -> None:
+        self._trainer: Any = None
+        self._answers: Any = None
+
+    def bind(self, trainer: Any) -> None:
+        """Take the trainer, which holds the teacher and the validation split."""
+        self._trainer = trainer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare both on the validation split; the teacher answers once."""
+        trainer = self._trainer
+        if trainer is None or trainer.teacher is None or trainer.eval_dataset is None:
+            return
+        if self._answers is None:
+            self._answers = _argmax(trainer, trainer.teacher)
+        module = trainer.distillation_module
+        was_training = module.student.training
+        module.student.eval()
+        same = float(np.mean(_argmax(trainer, module.signals) == self._answers))
+        module.student.train(was_training)
+        trainer.log({"eval_agreement": same})
+
+
+class MaxNorm(TrainerCallback):  # type: ignore[misc]
+    """Bound the length of each unit's incoming weights after every step (Srebro, Shraibman 2005; Hinton et al. 2012).
+
+    Args:
+        bound: the longest allowed, in units of the weights.
+
+    Reference: https://arxiv.org/abs/1207.0580.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Shorten the weights of linear and convolutional layers that grew too long."""
+        student = getattr(kwargs["model"], "student", kwargs["model"])
+        with torch.no_grad():
+            for module in student.modules():
+                if isinstance(module, _CONSTRAINED):
+                    module.weight.renorm_(2, 0, self.bound)
+
+
+class Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tell the training data which epoch it is, with any number of processes and loader workers."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the epoch before the loader is asked for its first batch."""
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+def _best(metric: str, greater_is_better: bool | None) -> Mapping[str, Any]:
+    better = metric != "loss" if greater_is_better is None else greater_is_better
+    return {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": better}
+
+
+@torch.no_grad()
+def _argmax(trainer: Any, answer: Any) -> Any:
+    size = trainer.args.per_device_eval_batch_size
+    found = [answer(trainer._prepare_inputs(b))["logits"].argmax(-1).cpu() for b in batches(trainer.eval_dataset, size)]
+    return torch.cat(found).numpy()

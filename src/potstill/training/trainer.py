@@ -1,0 +1,345 @@
+"""The engine: ``transformers.Trainer`` that trains a distillation module beside a teacher.
+
+Mixed precision, accumulation, checkpoints, trackers, DDP, FSDP and DeepSpeed come from Trainer and Accelerate. What is
+overridden here is what distillation needs: counts per term, kept columns, student-only prediction and saving.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils.generic import find_labels
+
+from potstill.errors import TrainingError
+from potstill.interfaces import Batch, Progress, Signals, TeacherSource
+from potstill.losses.objective import Objective, clamp_counts, default_objective
+from potstill.losses.supervised import IGNORED
+from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
+from potstill.models.weights import load_modules, load_student, save_modules, save_student
+from potstill.teachers.live import Live
+from potstill.training.arguments import check_arguments
+from potstill.training.checkpoints import mark_complete, rotate
+from potstill.training.module import DistillationModule
+
+OBJECTIVE_FILE = "objective.safetensors"
+SOURCES_FILE = "sources.safetensors"
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """Trains a student to match a teacher; a drop-in for a Trainer whose ``compute_loss`` was overridden.
+
+    Args:
+        teacher: a trained module, any :class:`potstill.interfaces.TeacherSource`, or ``None`` for an objective of hard
+            terms alone (a baseline).
+        objective: what to minimise; 0.7·T²·KL at T = 4 plus 0.3·cross-entropy if omitted. A dictionary of terms works
+            too.
+        model: the student.
+        forward: ``(model, batch) -> responses``, e.g. a task's; used for the student and for a module given as teacher.
+        save_student: ``(student, folder) -> None`` in place of ``save_pretrained`` or safetensors.
+        projector_learning_rate: learning rate of the objective's own parameters; the student's if omitted.
+        scheduler: ``(optimizer, number of steps) -> scheduler`` in place of ``args.lr_scheduler_type``.
+        trainer_arguments: everything else that ``transformers.Trainer`` takes: ``args``, ``train_dataset``,
+            ``eval_dataset``, ``processing_class``, ``data_collator``, ``compute_metrics``, ``callbacks``, ….
+
+    Raises:
+        TrainingError: settings that would silently give wrong results (label smoothing in the arguments, re-entrant
+            gradient checkpointing, several GPUs without a launcher), or a missing teacher.
+
+    A subclass may override ``compute_loss``; it then returns a mean over the micro-batch, as with ``Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        teacher: nn.Module | TeacherSource | None = None,
+        objective: Objective | Mapping[str, Any] | None = None,
+        forward: Callable[[nn.Module, Batch], Signals] | None = None,
+        save_student: Callable[[nn.Module, Path], None] | None = None,
+        projector_learning_rate: float | None = None,
+        scheduler: Callable[[torch.optim.Optimizer, int], Any] | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        terms = Objective(objective) if isinstance(objective, Mapping) else objective or default_objective()
+        args = trainer_arguments.setdefault("args", None) or TrainingArguments(output_dir="distilled")
+        trainer_arguments["args"] = check_arguments(args)
+        module = DistillationModule(model, terms, forward=forward)
+        self.teacher = _as_source(teacher, module, forward)
+        if self.teacher is None and terms.needs_teacher():
+            raise TrainingError("the objective compares with a teacher and none was given; pass teacher=…")
+        self._save_student = save_student or save_student_default
+        self._projector_learning_rate = projector_learning_rate
+        self._make_scheduler = scheduler
+        self._parts: dict[str, Tensor] = {}
+        self._parts_seen = 0
+        trainer_arguments["train_dataset"] = _with_sample_ids(trainer_arguments.get("train_dataset"))
+        super().__init__(module, **trainer_arguments)
+        if self.args.label_names is None:
+            self.label_names = find_labels(type(model)) or ["labels"]
+        self.loss_is_scaled_for_ga = self._counts_are_used
+        self.model_accepts_loss_kwargs = self._counts_are_used
+        move: Any = getattr(self.teacher, "to", None)
+        if move is not None:
+            move(self.args.device)
+
+    # ---- what a step is -------------------------------------------------------------------------------------------
+
+    @property
+    def _counts_are_used(self) -> bool:
+        """Whether losses are divided by the counts of the whole window: not where a subclass computes its own."""
+        return type(self).compute_loss is DistillationTrainer.compute_loss
+
+    @property
+    def progress(self) -> Progress:
+        """Where the training stands."""
+        return Progress(self.state.global_step, max(1, self.state.max_steps), float(self.state.epoch or 0.0))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """Return the micro-batches of one optimizer step and each term's count over them and over all processes."""
+        if not self._counts_are_used:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[no-any-return]
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        return batches, self._window_counts(batches, device) if batches else None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the objective's total for one micro-batch; see :class:`transformers.Trainer`."""
+        batch = dict(inputs)
+        signals = self.teacher(batch) if self.teacher is not None else {}
+        own = {name: value for name, value in batch.items() if not name.startswith(TEACHER_PREFIX)}
+        counts = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None
+        output = model(teacher=signals, counts=counts, progress=self.progress, **own)
+        if model.training:
+            self._record(output.parts)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Run the student alone; the loss is that of the hard terms."""
+        batch = self._prepare_inputs(inputs)
+        module = self._module
+        with torch.no_grad(), self.compute_loss_context_manager():
+            said = module._respond(module.student, batch)
+        labels = batch.get(self.label_names[0]) if self.label_names else None
+        loss = _hard_loss(module.objective, said, {**batch, "labels": labels}) if labels is not None else None
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, said[module.responses[0]].detach(), labels
+
+    # ---- data -----------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what student, teacher, masks and labels need; Trainer's own rule drops a BERT teacher's inputs."""
+        if self._signature_columns is None:
+            module = self._module
+            teacher = getattr(self.teacher, "model", None)
+            wanted = set(module.accepts) | set(self.label_names) | {"label", "label_ids", "sample_id", "attention_mask"}
+            if isinstance(teacher, nn.Module):
+                wanted |= accepted_inputs(getattr(teacher, "model", teacher)) or set()
+            wanted |= {term.mask for _, term in module.objective.named_terms() if isinstance(term.mask, str)}
+            wanted |= {name for name in _columns(self.train_dataset, self.eval_dataset) if "/" in name}
+            self._signature_columns = sorted(wanted)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """Leave ready batches alone: their data set has no columns to remove."""
+        if data_collator is ready_batch:
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
+    # ---- optimizer ------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make projectors, if any wait for a dry run, then the optimizer with a group of their own."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh and self._projector_learning_rate is not None:
+            own = {id(p) for p in self._module.objective.parameters()}
+            _split_groups(optimizer, own, self._projector_learning_rate)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Make the learning-rate schedule: the one given as ``scheduler``, else Trainer's."""
+        if self._make_scheduler is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self._make_scheduler(optimizer or self.optimizer, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; projectors that wait for their sizes are made first, by a dry run on one batch."""
+        self.materialize()
+        return super().train(*args, **kwargs)
+
+    def materialize(self) -> None:
+        """Size the objective's projectors by one dry run of teacher and student; nothing if there are none."""
+        module = self._module
+        if module.objective.pending_projectors() and self.teacher is not None:
+            state = torch.random.get_rng_state()
+            batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+            module.materialize(self.teacher(dict(batch)), batch)
+            module.objective.to(self.args.device)
+            torch.random.set_rng_state(state)
+
+    # ---- saving and loading ---------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the bare student; into checkpoints also the objective and the stateful teachers."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        module = self._module
+        if state_dict is None:
+            self._save_student(module.student, folder)
+        else:
+            own = {k.removeprefix("student."): v for k, v in state_dict.items() if k.startswith("student.")}
+            save_student_default(module.student, folder, own)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if folder.name.startswith("checkpoint-"):
+            save_modules(module.objective, folder / OBJECTIVE_FILE)
+            save_modules(self.teacher, folder / SOURCES_FILE)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a checkpoint, mark it as whole, and only then delete older ones."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial))
+            mark_complete(folder / f"checkpoint-{self.state.global_step}")
+            rotate(folder, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load student, objective and stateful teachers; a missing or extra weight is an error."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self.materialize()
+        folder, module = Path(resume_from_checkpoint), self._module
+        load_student(module.student, folder)
+        load_modules(module.objective, folder / OBJECTIVE_FILE)
+        load_modules(self.teacher, folder / SOURCES_FILE)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # ---- logging --------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean of each term since the last line, over all processes."""
+        if "loss" in logs and self._parts_seen:
+            for name, value in self._parts.items():
+                mean = self.accelerator.reduce(value / self._parts_seen, "mean")
+                logs[f"loss/{name}"] = float(mean) * self._micro_batches_per_step
+            self._parts, self._parts_seen = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    @property
+    def _micro_batches_per_step(self) -> int:
+        """The factor that turns a mean over micro-batches into a mean over steps: their parts add up in a window."""
+        return self.args.gradient_accumulation_steps if self._counts_are_used else 1
+
+    def _record(self, parts: Mapping[str, Tensor]) -> None:
+        self._parts_seen += 1
+        for name, value in parts.items():
+            known = self._parts.get(name)
+            self._parts[name] = value if known is None else known + value
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _module(self) -> DistillationModule:
+        module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(module, DistillationModule):
+            raise TrainingError(f"expected a DistillationModule, got {type(module).__name__}")
+        return module
+
+    def _window_counts(self, batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
+        each = [self._module.objective.counts(batch) for batch in batches]
+        names = list(each[0])
+        summed = torch.stack([torch.stack([counts[name].cpu() for counts in each]).sum() for name in names])
+        processes = self.accelerator.num_processes
+        if processes > 1:
+            summed = self.accelerator.reduce(summed.to(device), "sum")
+        clamped = clamp_counts(dict(zip(names, summed.to(device).unbind(), strict=True)))
+        return {name: count / processes for name, count in clamped.items()}  # DDP averages what we want summed
+
+
+def ready_batch(batch: Batch) -> Batch:
+    """Collate nothing: the data set's ``__getitems__`` already returned a batch."""
+    return batch
+
+
+def save_student_default(student: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write a student by its own ``save_pretrained``, or as safetensors where it has none."""
+    save_student(student, folder, state_dict)
+
+
+def _as_source(
+    teacher: Any, module: DistillationModule, forward: Callable[[nn.Module, Batch], Signals] | None
+) -> TeacherSource | None:
+    if not isinstance(teacher, nn.Module):
+        return teacher if teacher is None or callable(teacher) else _refuse(teacher)
+    if teacher is module.student:
+        raise TrainingError("teacher and student are the same object; copy one of them")
+    taps = [name for name in module.objective.taps("teacher") if name not in module.responses]
+    return Live(teacher, taps, forward=forward or respond)
+
+
+def _refuse(teacher: Any) -> TeacherSource:
+    raise TrainingError(f"expected a teacher that is a module or a callable of a batch, got {type(teacher).__name__}")
+
+
+def _hard_loss(objective: Objective, said: Signals, batch: Batch) -> Tensor | None:
+    labels = batch["labels"]
+    logits = next(iter(said.values()))
+    if labels.shape != logits.shape[: labels.ndim]:
+        return None
+    if not bool((labels != IGNORED).any()):
+        return None
+    return objective.hard_only()(said, {}, batch).total.detach()
+
+
+def _with_sample_ids(dataset: Any) -> Any:
+    """Give a table the column ``sample_id``, on which views, caches and memories depend."""
+    if isinstance(dataset, datasets.Dataset) and "sample_id" not in dataset.column_names:
+        return dataset.add_column("sample_id", list(range(len(dataset))))
+    return dataset
+
+
+def _columns(*tables: Any) -> list[str]:
+    names: list[str] = []
+    for table in tables:
+        for each in table.values() if isinstance(table, Mapping) else [table]:
+            names += list(getattr(each, "column_names", None) or [])
+    return names
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, own: set[int], learning_rate: float) -> None:
+    """Move the parameters with these ids into groups of their own learning rate."""
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in own]
+        if moved:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            settings = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+            optimizer.add_param_group({"params": moved, **settings, "lr": learning_rate})
