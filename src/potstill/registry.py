@@ -195,7 +195,9 @@ def _type_problems(
     fields: dict[str, Any] = {name: (known[name].annotation, ...) for name in given}
     try:
         model = create_model(
-            "Options", __config__=ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=()), **fields
+            "Options",
+            __config__=ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=()),
+            **fields,
         )
         model.model_validate(dict(given))
     except ValidationError as error:

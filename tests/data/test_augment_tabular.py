@@ -34,7 +34,7 @@ def test_noise_leaves_missing_values_missing():
 
 
 def test_noise_refuses_integers_and_a_scale_of_another_width():
-    with pytest.raises(DataError, match="needs floating features, got torch.int64"):
+    with pytest.raises(DataError, match=r"needs floating features, got torch\.int64"):
         noise(torch.zeros(2, 3, dtype=torch.int64), draws=draws(2))
     with pytest.raises(DataError, match=r"scale must have shape \[3\], got \[2\]"):
         noise(torch.zeros(2, 3), draws=draws(2), scale=torch.ones(2))

@@ -137,7 +137,9 @@ def test_an_empty_batch_has_empty_draws():
     assert draws.uniform("a", 3).shape == (0, 3)
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(2), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(2), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)]
+)
 def test_sample_ids_must_be_int64_with_one_axis(wrong):
     with pytest.raises(ValueError, match="sample_id must be int64"):
         Draws(0, 0, wrong)

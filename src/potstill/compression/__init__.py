@@ -1,0 +1,1 @@
+"""Smaller still: one compressor a file."""

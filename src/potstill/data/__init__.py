@@ -1,0 +1,1 @@
+"""On what: sources, splits, batches and random views of a sample."""

@@ -40,11 +40,11 @@ class Views:
     def __call__(self, batch: Batch, epoch: int, lookup: Callable[[Tensor], Batch]) -> Batch:
         """Return the view of these samples in this epoch."""
         seen = self._augmented(batch, epoch)
-        for mix, options in self.mixes:
+        for place, (mix, options) in enumerate(self.mixes):
             draws = Draws(self.seed, epoch, batch["sample_id"])
             seen = mix(
                 seen,
-                draws=draws,
+                draws=draws.scope(f"mix {place}"),
                 lookup=lambda indices: self._augmented(lookup(indices), epoch),
                 num_classes=self.num_classes,
                 **options,
@@ -55,8 +55,8 @@ class Views:
         value = batch[self.key]
         if self.steps:
             draws = Draws(self.seed, epoch, batch["sample_id"])
-            for function, options in self.steps:
-                value = function(value, draws=draws, **options)
+            for place, (function, options) in enumerate(self.steps):
+                value = function(value, draws=draws.scope(f"step {place}"), **options)
         return {**batch, self.key: value if self.finish is None else self.finish(value)}
 
 

@@ -26,7 +26,7 @@ class InMemory(Dataset[Batch]):
     def __init__(self, columns: Mapping[str, Tensor], view: View | None = None) -> None:
         self.columns = dict(columns)
         self.view = view
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by loader workers too
+        self._epoch = _shared_zero()
 
     def __len__(self) -> int:
         return len(self.columns["sample_id"])
@@ -37,7 +37,7 @@ class InMemory(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return these samples as one batch."""
         batch = self.raw(torch.as_tensor(indices, dtype=torch.int64))
-        return batch if self.view is None else self.view(batch, int(self._epoch), self.raw)
+        return batch if self.view is None else self.view(batch, int(self._epoch), self._any)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the views of this epoch."""
@@ -46,6 +46,10 @@ class InMemory(Dataset[Batch]):
     def raw(self, indices: Tensor) -> Batch:
         """Return these samples as they are stored."""
         return {name: value[indices] for name, value in self.columns.items()}
+
+    def _any(self, numbers: Tensor) -> Batch:
+        """Return a sample for each number, whatever its size: what mixing of samples draws from."""
+        return self.raw(numbers % len(self))
 
 
 class Lazy(InMemory):
@@ -66,6 +70,14 @@ class Lazy(InMemory):
     def raw(self, indices: Tensor) -> Batch:
         """Return these samples, the large columns freshly read."""
         return {**super().raw(indices), **self.read(indices.tolist())}
+
+
+def _shared_zero() -> Tensor:
+    """Return a number that the workers of a loader see change."""
+    zero = torch.zeros((), dtype=torch.int64)
+    share: Any = zero.share_memory_
+    share()
+    return zero
 
 
 def batches(dataset: Any, batch_size: int) -> Iterator[Batch]:

@@ -106,10 +106,7 @@ def load_splits(
         tables[split] = _with_ids(table, f"the split '{split}' of {title}")
     notes += _name_labels(tables, label, label_names, title)
     notes += _carve(tables, {"test": test, "validation": validation}, label, seed, title)
-    _limit(tables, limit or {}, seed, title)
-    for split, table in tables.items():
-        if not len(table):
-            raise DataError(f"the split '{split}' of {title} is empty")
+    notes += _limit(tables, limit or {}, seed, title)
     return Splits(tables["train"], tables.get("validation"), tables.get("test"), notes)
 
 
@@ -157,23 +154,40 @@ def _choose(found: Mapping[str, Dataset], splits: Mapping[str, str], title: str)
     for ours, theirs in splits.items():
         if ours not in _SPLITS:
             raise DataError(f"`splits` names '{ours}'; {did_you_mean(ours, _SPLITS)}")
-        split = theirs if theirs in found else SPLIT_WORDS.get(theirs.lower(), theirs)
-        if split not in found:
+        split = _usual(theirs, found)
+        if split is None:
             raise DataError(f"{title} has no split '{theirs}'; {did_you_mean(theirs, found)}")
         if split in used:
             raise DataError(f"`splits` takes '{theirs}' of {title} for '{used[split]}' and for '{ours}'")
         tables[ours], used[split] = found[split], ours
-    for split in sorted(set(found) - set(used), key=lambda each: each not in _SPLITS):
-        ours = SPLIT_WORDS.get(split.lower(), split)
-        if ours in _SPLITS and ours not in tables:
-            tables[ours] = found[split]
+    rest = {split: table for split, table in found.items() if split not in used}
+    for ours in _SPLITS:
+        split = _usual(ours, rest)
+        if ours not in tables and split is not None:
+            tables[ours] = rest[split]
+    return _checked(tables, found, title)
+
+
+def _usual(name: str, found: Iterable[str]) -> str | None:
+    """Return the split of this name, else one whose name usually means the same: ``dev`` for ``validation``."""
+    if name in found:
+        return name
+    meant = SPLIT_WORDS.get(name.lower(), name)
+    return next((split for split in found if SPLIT_WORDS.get(split.lower()) == meant), None)
+
+
+def _checked(tables: _Tables, found: Iterable[str], title: str) -> _Tables:
+    """Return the splits in our order, none of them empty."""
     if "train" not in tables:
         known = sorted(found)
         raise DataError(
             f"{title} has no split 'train', only: {', '.join(known) or 'none'}; "
             f"say which one it is, as in `splits: {{train: {(known or ['…'])[0]}}}`"
         )
-    return tables
+    for ours, table in tables.items():
+        if not len(table):
+            raise DataError(f"the split '{ours}' of {title} is empty")
+    return {split: tables[split] for split in _SPLITS if split in tables}
 
 
 def _rename(
@@ -214,97 +228,108 @@ def _replace(table: Dataset, name: str, values: NDArray[np.int64], kind: Any) ->
     return table.remove_columns(name).add_column(name, values, feature=kind)
 
 
+@dataclass(frozen=True)
+class _Labels:
+    """The label column of one split: its type in ``datasets``, what its values are, and the values."""
+
+    kind: Any
+    group: str
+    values: Any
+
+
 def _name_labels(tables: _Tables, label: str | None, names: Sequence[str] | None, title: str) -> list[str]:
     """Turn the label column of all splits into class ids with names, in place, and return notes."""
     if label is None:
         return []
-    having = {split: table for split, table in tables.items() if label in table.column_names}
-    notes = [
-        f"{split}: no column '{label}', so its rows have no labels; {did_you_mean(label, set(table.column_names) - {_ID})}"
-        for split, table in tables.items()
-        if split not in having
-    ]
-    kinds = {split: table.features[label] for split, table in having.items()}
-    stored = {split: _column(table, label) for split, table in having.items()}
-    if not _are_classes(kinds, f"'{label}' of {title}", names):
+    where = f"'{label}' of {title}"
+    columns: dict[str, _Labels] = {}
+    notes = []
+    for split, table in tables.items():
+        if label in table.column_names:
+            kind, values = table.features[label], _column(table, label)
+            columns[split] = _Labels(kind, _group(kind, values), values)
+        else:
+            hint = did_you_mean(label, set(table.column_names) - {_ID})
+            notes.append(f"{split}: no column '{label}', so its rows have no labels; {hint}")
+    if not _are_classes(columns, where, names):
         return notes
-    classes, ids, remarks = _classes(kinds, stored, [str(each) for each in names or ()], f"'{label}' of {title}")
-    for split, values in ids.items():
-        _check_range(values, classes, f"the split '{split}' of {title}", label)
-        tables[split] = _replace(tables[split], label, values, ClassLabel(names=classes))
-        unlabelled = int((values == -1).sum())
+    classes, ids, remarks = _classes(columns, [str(each) for each in names or ()], where)
+    for split, numbers in ids.items():
+        _check_range(numbers, classes, f"the split '{split}' of {title}", label)
+        tables[split] = _replace(tables[split], label, numbers, ClassLabel(names=classes))
+        unlabelled = int((numbers == -1).sum())
         if unlabelled:
-            remarks.append(f"{split}: {unlabelled:,} of {len(values):,} rows have no label")
+            remarks.append(f"{split}: {unlabelled:,} of {len(numbers):,} rows have no label")
     return notes + remarks
 
 
-def _are_classes(kinds: Mapping[str, Any], where: str, names: Sequence[str] | None) -> bool:
-    """Return whether the columns hold classes: class labels, strings, integers or booleans; all null goes with any."""
-    groups = {split: _group(kind) for split, kind in kinds.items()}
-    found = set(groups.values()) - {"null"}
-    if found - {"class"} in ({"string"}, {"integer"}, {"bool"}) or found == {"class"} or (groups and not found):
+def _group(kind: Any, values: Any) -> str:
+    """Return what the values are, by the column's type; a column of nulls goes by no type, for readers guess it."""
+    if isinstance(kind, ClassLabel):
+        return "class"
+    if values.null_count == len(values):
+        return "null"
+    name = str(getattr(kind, "dtype", "")) if isinstance(kind, Value) else ""
+    if "int" in name:
+        return "integer"
+    return {"string": "string", "large_string": "string", "bool": "bool"}.get(
+        name, "number" if name.startswith("float") else "other"
+    )
+
+
+def _are_classes(columns: Mapping[str, _Labels], where: str, names: Sequence[str] | None) -> bool:
+    """Return whether the columns hold classes: class labels, strings, integers or booleans; nulls go with any."""
+    found = {column.group for column in columns.values()} - {"null"}
+    if found - {"class"} in ({"string"}, {"integer"}, {"bool"}) or found == {"class"} or (columns and not found):
         return True
     if found & {"class", "string", "integer", "bool"}:
-        types = ", ".join(f"{kinds[split]} in '{split}'" for split in groups)
+        types = ", ".join(f"{column.kind} in '{split}'" for split, column in columns.items())
         raise DataError(f"the label {where} has different types: {types}")
     if names and "number" in found:
         raise DataError(f"the label {where} is a number, not a class, so `label_names` cannot name it")
     return False
 
 
-def _group(kind: Any) -> str:
-    if isinstance(kind, ClassLabel):
-        return "class"
-    name = str(getattr(kind, "dtype", "")) if isinstance(kind, Value) else ""
-    if "int" in name:
-        return "integer"
-    return {"string": "string", "large_string": "string", "bool": "bool", "null": "null"}.get(
-        name, "number" if name.startswith("float") else "other"
-    )
-
-
-def _classes(kinds: Mapping[str, Any], stored: Mapping[str, Any], names: list[str], where: str) -> _Found:
+def _classes(columns: Mapping[str, _Labels], names: list[str], where: str) -> _Found:
     """Return the names of the classes, the ids of each split, and remarks."""
     if len(set(names)) < len(names):
         raise DataError(f"`label_names` names a class twice: {', '.join(names)}")
-    groups = {_group(kind) for kind in kinds.values()}
-    if "class" in groups:
-        return _from_class_labels(kinds, stored, names, where)
-    if "string" in groups:
-        return _from_strings(stored, names, where)
-    values = {split: _integers(column) for split, column in stored.items()}
-    if "bool" in groups:
+    found = {column.group for column in columns.values()}
+    if "class" in found:
+        return _from_class_labels(columns, names, where)
+    if "string" in found:
+        return _from_strings(columns, names, where)
+    values = {split: _integers(column.values) for split, column in columns.items()}
+    if "bool" in found:
         return names or ["False", "True"], values, []
     return _from_integers(values, names, where)
 
 
-def _from_class_labels(kinds: Mapping[str, Any], stored: Mapping[str, Any], names: list[str], where: str) -> _Found:
-    labels = {split: kind for split, kind in kinds.items() if isinstance(kind, ClassLabel)}
-    first = list(next(iter(labels.values())).names)
-    extra = {name for kind in labels.values() for name in kind.names} - set(first)
-    classes, remarks = first + sorted(extra), []
-    if any(list(kind.names) != first for kind in labels.values()):
-        remarks.append(f"the splits number the classes of {where} differently; they were matched by name")
-    ids = {}
-    for split, column in stored.items():
-        if _group(kinds[split]) == "string":
-            ids[split] = _positions(column, classes, where)
+def _from_class_labels(columns: Mapping[str, _Labels], names: list[str], where: str) -> _Found:
+    own = {split: list(column.kind.names) for split, column in columns.items() if column.group == "class"}
+    first = next(iter(own.values()))
+    classes = first + sorted({name for each in own.values() for name in each} - set(first))
+    ids, remarks = {}, []
+    for split, column in columns.items():
+        if column.group == "string":
+            ids[split] = _positions(column.values, classes, where)
             continue
-        ids[split] = _integers(column)
-        if split in labels and list(labels[split].names) != first:
-            _check_range(ids[split], labels[split].names, f"the split '{split}'", where)
-            ids[split] = np.array([*(classes.index(name) for name in labels[split].names), -1])[ids[split]]
+        ids[split] = _integers(column.values)
+        if own.get(split, first) != first:
+            _check_range(ids[split], own[split], f"the split '{split}'", where)
+            ids[split] = np.array([*(classes.index(name) for name in own[split]), -1])[ids[split]]
+            remarks.append(f"{split} numbers the classes of {where} differently; they were matched by name")
     if names and names != classes and (classes != [str(i) for i in range(len(classes))] or len(names) != len(classes)):
         raise DataError(f"the data name the classes of {where} themselves ({', '.join(classes)}); remove `label_names`")
     return names or classes, ids, remarks
 
 
-def _from_strings(stored: Mapping[str, Any], names: list[str], where: str) -> _Found:
-    found = {each for column in stored.values() for each in _strings(column).unique().to_pylist()} - {None, ""}
+def _from_strings(columns: Mapping[str, _Labels], names: list[str], where: str) -> _Found:
+    found = {each for column in columns.values() for each in _strings(column.values).unique().to_pylist()} - {None, ""}
     classes = names or sorted(found)
     if not classes:
         raise DataError(f"no row has a label in {where}; name the classes with `label_names`")
-    return classes, {split: _positions(column, classes, where) for split, column in stored.items()}, []
+    return classes, {split: _positions(column.values, classes, where) for split, column in columns.items()}, []
 
 
 def _from_integers(values: dict[str, NDArray[np.int64]], names: list[str], where: str) -> _Found:
@@ -394,7 +419,9 @@ def _divide(table: Dataset, rows: int, label: str | None, seed: int) -> tuple[li
     return sorted(rest.tolist()), sorted(part.tolist()), how
 
 
-def _limit(tables: _Tables, limit: Mapping[str, int], seed: int, title: str) -> None:
+def _limit(tables: _Tables, limit: Mapping[str, int], seed: int, title: str) -> list[str]:
+    """Keep a random subset of splits, in place, in the old order, and return notes."""
+    notes = []
     for split, rows in limit.items():
         if split not in tables:
             raise DataError(f"`limit` names the split '{split}', which {title} lacks; {did_you_mean(split, tables)}")
@@ -403,3 +430,5 @@ def _limit(tables: _Tables, limit: Mapping[str, int], seed: int, title: str) -> 
         order = np.random.RandomState(seed % 2**32).permutation(len(tables[split]))
         if rows < len(order):
             tables[split] = tables[split].select(sorted(order[:rows].tolist()))
+            notes.append(f"{split}: {rows:,} of {len(order):,} rows, chosen at random (seed {seed})")
+    return notes

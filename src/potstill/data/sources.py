@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 from datasets.exceptions import DatasetsError
 
 from potstill.errors import DataError, did_you_mean, nearest
@@ -77,24 +78,14 @@ def from_hub(
         DataError: the hub cannot be reached, or there is no such data set, configuration or revision.
     """
     local = _existing(path, base)
-    where = str(local) if local is not None and local.is_dir() else path
-    options = {"data_dir": data_dir, "data_files": data_files}
-    notes: list[str] = []
+    options = {"name": name, "revision": revision, "data_dir": data_dir, "data_files": data_files}
     try:
-        try:
-            found = datasets.load_dataset(where, name, revision=revision, **options)
-        except RuntimeError as error:
-            if _SCRIPTS not in str(error) or where != path:
-                raise
-            found = datasets.load_dataset(path, name, revision=_PARQUET_BRANCH, **options)
-            asked = f", not from the revision '{revision}'" if revision else ""
-            notes.append(
-                f"{path}: read from the hub's Parquet conversion ({_PARQUET_BRANCH}){asked}, "
-                "because the repository holds a loading script"
-            )
+        if local is None or not local.is_dir():
+            return _from_repository(path, options)
+        found = datasets.load_dataset(str(local), **options)
+        return Loaded(_by_name(found), [f"{path}: read from the folder {local}, not from the hub"])
     except Exception as error:  # what the libraries below raise differs from version to version
         raise DataError(f"cannot load '{path}' from the hub: {_hub_problem(error, name)}") from error
-    return Loaded(dict(found), notes)
 
 
 @sources.register("files")
@@ -135,7 +126,7 @@ def from_files(
         raise DataError(_no_such_path(path, base))
     reader = _Reader(column_names, delimiter, encoding, field)
     if place.is_dir() and not _tables(place) and _has_images(place):
-        return Loaded(_images(place))
+        return _images(place)
     groups = _groups(place, splits or {}, reader.notes)
     return Loaded({split: reader.read(files) for split, files in groups.items()}, reader.notes)
 
@@ -178,36 +169,56 @@ def from_sklearn(path: str, *, seed: int = 42, **kwargs: Any) -> Loaded:
     return Loaded({"train": _from_arrays(path, result)}, notes)
 
 
+def _from_repository(path: str, options: Mapping[str, Any]) -> Loaded:
+    try:
+        return Loaded(_by_name(datasets.load_dataset(path, **options)))
+    except RuntimeError as error:
+        if _SCRIPTS not in str(error):
+            raise
+    found = datasets.load_dataset(path, **{**options, "revision": _PARQUET_BRANCH})
+    asked = f", not from the revision '{options['revision']}'" if options["revision"] else ""
+    what = f"the hub's Parquet conversion ({_PARQUET_BRANCH}){asked}"
+    return Loaded(_by_name(found), [f"{path}: read from {what}, because the repository holds a loading script"])
+
+
+def _by_name(found: Mapping[Any, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    return {str(split): table for split, table in found.items()}
+
+
 def _hub_problem(error: Exception, name: str | None) -> str:
     text = str(error)
     available = re.search(r"(?:Available|available configs): \[(.*?)\]", text)
     if available:
         known = re.findall(r"'([^']*)'", available[1])
-        return (
-            f"it has no configuration '{name}'; {did_you_mean(name or '', known)}"
-            if name
-            else (f"it has several configurations, so `name` must say which; known: {', '.join(known)}")
-        )
+        if name:
+            return f"it has no configuration '{name}'; {did_you_mean(name, known)}"
+        return f"it has several configurations, so `name` must say which; known: {', '.join(known)}"
     hint = "to read a folder on this machine, say `source: files` and give the folder as `path`"
     return f"{text} ({type(error).__name__}); {hint}"
 
 
+def _places(path: str, base: Path | None) -> list[Path]:
+    """Return where a path may lead: from the base, then from the working directory."""
+    try:
+        wanted = Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"'{path}': {error}") from error
+    return list(dict.fromkeys(place.resolve() for place in ((base or Path()) / wanted, wanted)))
+
+
 def _existing(path: str, base: Path | None) -> Path | None:
-    wanted = Path(path).expanduser()
-    places = [(base or Path()) / wanted, wanted]
-    return next((place.resolve() for place in places if place.exists()), None)
+    return next((place for place in _places(path, base) if place.exists()), None)
 
 
 def _no_such_path(path: str, base: Path | None) -> str:
-    wanted = Path(path).expanduser()
-    places = list(dict.fromkeys(str(folder.resolve()) for folder in ((base or Path()) / wanted, wanted)))
+    places = _places(path, base)
     hints = []
-    for place in map(Path, places):
+    for place in places:
         parent = next(folder for folder in place.parents if folder.is_dir())
         missing = place.relative_to(parent).parts[0]
         hints += [str(parent / near) for near in nearest(missing, (entry.name for entry in parent.iterdir()), count=1)]
     hint = f"; did you mean '{hints[0]}'?" if hints else ""
-    return f"there is no file or folder '{path}': looked for {' and '.join(places)}{hint}"
+    return f"there is no file or folder '{path}': looked for {' and '.join(map(str, places))}{hint}"
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -220,15 +231,37 @@ def _has_images(folder: Path) -> bool:
     return any(file.suffix.lower() in _IMAGES for file in folder.rglob("*"))  # stops at the first
 
 
-def _images(folder: Path) -> dict[str, datasets.Dataset]:
-    named = {SPLIT_WORDS.get(entry.name.lower()): entry for entry in sorted(folder.iterdir()) if entry.is_dir()}
-    named.pop(None, None)
-    places = named or {"train": folder}
+def _images(folder: Path) -> Loaded:
+    places: dict[str, Path] = {}
+    others = []
+    for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        split = SPLIT_WORDS.get(entry.name.lower())
+        if split and split not in places:
+            places[split] = entry
+        else:
+            others.append(entry.name)
+    notes = [f"folders that are no split were left out: {', '.join(others)}"] if places and others else []
+    places = places or {"train": folder}
+    options = {"drop_labels": not _in_classes(places.values())}
     files = {split: f"{glob.escape(str(place))}/**" for split, place in places.items()}
     try:
-        return dict(datasets.load_dataset("imagefolder", data_files=files))
+        return Loaded(_by_name(datasets.load_dataset("imagefolder", data_files=files, **options)), notes)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"cannot read the images of {folder}: {error}") from error
+
+
+def _in_classes(folders: Iterable[Path]) -> bool:
+    """Return whether images lie in class folders: several folders, all equally deep, none the split's own.
+
+    ``datasets`` can tell by itself, but looks split by split: a first split of one class would lose its labels.
+    """
+    depths, names = set(), set()
+    for folder in folders:
+        for file in folder.rglob("*"):
+            if file.suffix.lower() in _IMAGES:
+                depths.add(len(file.relative_to(folder).parts))
+                names.add(file.parent.name)
+    return len(depths) == 1 and 1 not in depths and len(names) > 1
 
 
 def _groups(place: Path, wanted: Mapping[str, str], notes: list[str]) -> dict[str, list[Path]]:
@@ -305,7 +338,7 @@ class _Reader:
             return datasets.load_dataset(
                 how, data_files=[glob.escape(str(file)) for file in files], split="train", **options
             )
-        except (OSError, ValueError, TypeError, KeyError, NotImplementedError, DatasetsError) as error:
+        except (OSError, ValueError, TypeError, LookupError, NotImplementedError, DatasetsError) as error:
             reason = error.__cause__ or error
             raise DataError(f"cannot read {', '.join(map(str, files))}: {reason}") from error
 
@@ -324,6 +357,8 @@ class _Reader:
             dtype_backend="numpy_nullable",
             **header,
         )
+        if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the surplus for an index and shifts the columns
+            raise DataError(f"{file}: the rows have more fields than there are column names ({len(frame.columns)})")
         return pd.DataFrame({name: _numbers(frame[name]) for name in frame.columns})
 
 
@@ -333,9 +368,9 @@ def _from_frames(files: Sequence[Path], frames: Sequence[pd.DataFrame]) -> datas
             raise DataError(
                 f"{file} has the columns {list(frame.columns)}, but {files[0]} has {list(frames[0].columns)}"
             )
-    table = datasets.Dataset.from_pandas(pd.concat(frames, ignore_index=True), preserve_index=False)
-    large = [name for name, kind in table.features.items() if kind == datasets.Value("large_string")]
-    return table.cast(datasets.Features({**table.features, **dict.fromkeys(large, datasets.Value("string"))}))
+    table = pa.Table.from_pandas(pd.concat(frames, ignore_index=True), preserve_index=False).replace_schema_metadata()
+    kinds = [(each.name, pa.string() if pa.types.is_large_string(each.type) else each.type) for each in table.schema]
+    return datasets.Dataset(table.cast(pa.schema(kinds)))
 
 
 def _unbalanced(file: Path, encoding: str) -> bool:
@@ -347,9 +382,9 @@ def _unbalanced(file: Path, encoding: str) -> bool:
     with file.open(encoding=encoding, newline="\n") as lines:
         for line in lines:
             fields = line.rstrip("\r\n").split("\t")
-            tabs.add(len(fields))
+            tabs |= {len(fields)} if line.strip() else set()
             unclosed |= any(cell[:1] == '"' and not re.fullmatch(r'"(?:[^"]|"")*"', cell) for cell in fields)
-    return unclosed and len(tabs - {1}) <= 1
+    return unclosed and len(tabs) == 1
 
 
 def _numbers(column: pd.Series[Any]) -> pd.Series[Any]:

@@ -1,0 +1,1 @@
+"""Many runs: seeds now, sweeps and searches later."""

@@ -1,0 +1,1 @@
+"""What a model says: taps and the alignment of two signals."""

@@ -152,7 +152,11 @@ def _blocks(tower: nn.Module) -> list[nn.Module]:
     found = [module for path, module in own if any(_matches(spec, path, module) for spec in _specs(tower))]
     if found or any(_is_pretrained(module) for module in tower.modules() if module is not tower):
         return found
-    return max((list(module) for _, module in own if isinstance(module, nn.ModuleList)), key=len, default=[])
+    lists: dict[str, list[nn.Module]] = {}
+    for path, module in own:
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+            lists[path] = list(module)
+    return max(lists.values(), key=len, default=[])
 
 
 def _own(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -58,7 +58,7 @@ class Term(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        target = losses.get(loss) if isinstance(loss, str) else loss
+        target: Any = losses.get(loss) if isinstance(loss, str) else loss
         self.loss_name = loss if isinstance(loss, str) else losses.name_of(loss)
         problems = losses.check(loss, _constants(options)) if isinstance(loss, str) else []
         if problems:
@@ -84,6 +84,11 @@ class Term(nn.Module):
     def weight_at(self, progress: Progress) -> float:
         """Return the weight at this point of the training."""
         return float(at(self.weight, progress))
+
+    def ramps(self, progress: Progress) -> dict[str, float]:
+        """Return the present value of the weight and of every option that changes while training goes on."""
+        numbers = {"weight": self.weight, **self.options}
+        return {name: float(at(value, progress)) for name, value in numbers.items() if callable(value)}
 
     def values(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> Tensor:
         """Return the unreduced loss, one value per position.
@@ -149,7 +154,9 @@ class Term(nn.Module):
     def _all_options(self) -> dict[str, Any]:
         declared = losses.options(self.loss) if not isinstance(self.loss, nn.Module) else {}
         defaults = {name: option.default for name, option in declared.items() if not option.required}
-        return {k: v for k, v in {**defaults, **self.options}.items() if isinstance(v, int | float | str) or callable(v)}
+        return {
+            k: v for k, v in {**defaults, **self.options}.items() if isinstance(v, int | float | str) or callable(v)
+        }
 
     def _pick(self, signals: Signals, names: Sequence[str], side: str) -> Any:
         for name in names:

@@ -1,0 +1,1 @@
+"""Who: models by reference, frozen teachers, weights on disk."""

@@ -39,7 +39,8 @@ class Frozen(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Frozen:
-        self.model._apply(fn, recurse)
+        inner: Any = self.model._apply
+        inner(fn, recurse)
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -23,7 +23,8 @@ _BESIDE = frozenset({"labels", "sample_id"})
 
 def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     """Return the names that the model's forward accepts, or ``None`` if it takes any keyword only as ``**kwargs``."""
-    return _accepted(type(_base(model)))
+    model_class: Any = type(_base(model))
+    return _accepted(model_class)
 
 
 def call(model: nn.Module, batch: Mapping[str, Tensor], *, labels: bool = False) -> Any:
@@ -89,7 +90,7 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 @lru_cache(maxsize=256)
-def _accepted(model_class: type[nn.Module]) -> frozenset[str] | None:
+def _accepted(model_class: Any) -> frozenset[str] | None:
     parameters = inspect.signature(model_class.forward).parameters
     names = frozenset(
         name for name, p in parameters.items() if name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)

@@ -25,7 +25,8 @@ def save_student(student: nn.Module, folder: Path, state_dict: dict[str, Tensor]
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(student, "save_pretrained"):
-        student.save_pretrained(folder, **({} if state_dict is None else {"state_dict": state_dict}))
+        save: Any = student.save_pretrained
+        save(folder, **({} if state_dict is None else {"state_dict": state_dict}))
     elif state_dict is not None:
         safetensors.torch.save_file(state_dict, str(folder / WEIGHTS))
     else:
@@ -69,7 +70,9 @@ def load_modules(module: Any, path: Path) -> None:
     try:
         safetensors.torch.load_model(module, str(path), strict=True)
     except (RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path} does not fit {type(module).__name__}: {_difference(module, path) or error}") from error
+        raise ModelError(
+            f"{path} does not fit {type(module).__name__}: {_difference(module, path) or error}"
+        ) from error
 
 
 def _difference(module: nn.Module, path: Path) -> str:
@@ -78,9 +81,7 @@ def _difference(module: nn.Module, path: Path) -> str:
         found = {name: tuple(value.shape) for name, value in safetensors.torch.load_file(str(path)).items()}
     except SafetensorError:
         return "the file is damaged"
-    lines = [
-        f"'{name}' is missing{_like(name, set(found) - set(wanted))}" for name in sorted(set(wanted) - set(found))
-    ]
+    lines = [f"'{name}' is missing{_like(name, set(found) - set(wanted))}" for name in sorted(set(wanted) - set(found))]
     lines += [f"'{name}' is left over" for name in sorted(set(found) - set(wanted))]
     lines += [
         f"'{name}' expected {list(wanted[name])}, got {list(found[name])}"

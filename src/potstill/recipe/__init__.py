@@ -1,0 +1,1 @@
+"""What was asked: the schema, the loader with every mistake at once, and the making of objects."""

@@ -90,7 +90,7 @@ def make_objective(recipe: Recipe, task: Task) -> Objective:
     Raises:
         ObjectiveError: a term cannot be made.
     """
-    terms = {name: _term(spec) for name, spec in recipe.objective.items()}
+    terms = {name: make_term(spec) for name, spec in recipe.objective.items()}
     return Objective(terms, response_mask=task.mask)
 
 
@@ -177,7 +177,12 @@ def apply_dropout(model: torch.nn.Module, share: float | None) -> None:
         layer.p = share
 
 
-def _term(spec: TermSpec) -> Term:
+def make_term(spec: TermSpec) -> Term:
+    """Return one term of an objective.
+
+    Raises:
+        ObjectiveError: the loss has no such option.
+    """
     return Term(
         spec.loss,
         spec.student,

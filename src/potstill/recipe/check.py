@@ -205,9 +205,6 @@ def _soft_terms(tree: Mapping[str, Any]) -> list[tuple[Path_, Mapping[str, Any]]
 
 
 def _parameters(target: Any) -> set[str]:
-    """Return the parameter names of a loss, function or module."""
-    import inspect
-
     function = getattr(target, "forward", target)
     return set(inspect.signature(function).parameters)
 

@@ -46,7 +46,7 @@ class Document:
         problems: everything wrong with the text, all at once.
     """
 
-    tree: dict[str | int, Any] = field(default_factory=dict)
+    tree: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -238,12 +238,12 @@ def _merge(base: Document, over: Document) -> Document:
 
 
 def _merge_trees(
-    base: dict[str | int, Any],
-    over: dict[str | int, Any],
+    base: dict[str, Any],
+    over: dict[str, Any],
     path: KeyPath,
     lost: set[KeyPath],
     removed: set[KeyPath],
-) -> dict[str | int, Any]:
+) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         here = (*path, key)

@@ -44,7 +44,9 @@ _LIMITS = {
     "too_long": "at most {max_length} entries",
     "invalid_key": "a text as key",
 }
-_COSTS = {"choice": 3, "missing": 2, "unknown": 2, "near": 1, "type": 1, "value": 1}
+_COSTS = {"choice": 2, "missing": 2, "unknown": 2, "near": 1, "type": 1, "value": 1}
+_WRONG_TAG = 100  # the value of a key that fits another branch
+_JOINED = ("type", "choice")
 _YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
@@ -113,18 +115,22 @@ class _Fault:
     def path(self) -> KeyPath:
         return self.trail.path
 
-    def joined(self, others: Iterable[_Fault]) -> _Fault:
-        """Return the fault with what the others expect as well."""
-        for other in others:
-            expected = tuple(dict.fromkeys((*self.expected, *other.expected)))
-            self = replace(self, expected=expected, options=tuple(dict.fromkeys((*self.options, *other.options))))
-        return self
+    def joined(self, others: list[_Fault]) -> _Fault:
+        """Return the fault with what the others at its path expect as well, in their order."""
+        if self.kind not in _JOINED:
+            return self
+        alike = [other for other in others if other.path == self.path and other.kind in _JOINED]
+        expected = dict.fromkeys(word for other in alike for word in other.expected)
+        options = dict.fromkeys(option for other in alike for option in other.options)
+        return replace(self, expected=tuple(expected), options=tuple(options))
 
     def problem(self) -> Problem:
         """Return it as a mistake without a place."""
         if self.text is not None:
             return Problem(self.path, self.text, self.hint)
-        words = ([_one_of(self.options)] if self.options else []) + list(self.expected)
+        words = ([_one_of(self.options)] if self.options else []) + [
+            word for word in self.expected if word != _KINDS["int"] or _KINDS["float"] not in self.expected
+        ]
         wanted = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
         only_options = isinstance(self.given, str) and not self.expected
         got = describe(self.given).removeprefix("the text " if only_options else "")
@@ -152,7 +158,8 @@ def _faults(entry: dict[str, Any], model: type[BaseModel], document: Document) -
         yield _Fault(trail, "missing", text="missing", hint=_meant(trail, given) or _description(trail))
     elif name == "extra_forbidden":
         hint = did_you_mean(str(trail.path[-1]), [known for owner in trail.owners for known in _written(owner)])
-        yield _Fault(trail, "near" if hint.startswith("did") else "unknown", text="unknown key", hint=hint)
+        kind = "near" if hint.startswith("did") else "unknown"
+        yield _Fault(trail, kind, text="unknown key", hint=hint if trail.owners else None)
     elif name.startswith("union_tag"):
         yield _tag_fault(trail, name, context)
     elif name in ("literal_error", "enum"):
@@ -169,12 +176,17 @@ def _value_fault(trail: _Trail, entry: dict[str, Any]) -> _Fault:
         return _Fault(trail, "type", given, (kind,))
     if name in _LIMITS:
         count = context.get("actual_length") if name in ("too_short", "too_long") else None
-        return _Fault(trail, "value", given if count is None else count, (_LIMITS[name].format(**context),))
+        return _Fault(trail, "value", given if count is None else count, (_limit(name, context),))
     if "error" in context:
         return _Fault(trail, "value", text=str(context["error"]) or message)
     if message.startswith("Input should be "):
         return _Fault(trail, "value", given, (message.removeprefix("Input should be "),))
     return _Fault(trail, "value", text=message)
+
+
+def _limit(name: str, context: Mapping[str, Any]) -> str:
+    words = _LIMITS[name].format(**context)
+    return words.replace(" 1 entries", " 1 entry").replace(" 1 characters", " 1 character")
 
 
 def _tag_fault(trail: _Trail, name: str, context: Mapping[str, Any]) -> _Fault:
@@ -200,28 +212,38 @@ def _settle(faults: list[_Fault], level: int = 0) -> list[_Fault]:
 
 def _likeliest(where: KeyPath, branches: list[list[_Fault]]) -> list[_Fault]:
     """Return the faults of the branch that was meant: its kind of value fits and the least is wrong inside."""
-    scores = [_score(where, branch) for branch in branches]
+    scores = [_score(where, branch, branches) for branch in branches]
     best = [branch for branch, score in zip(branches, scores, strict=True) if score == min(scores)]
     if len(best) > 1 and all([fault.kind for fault in branch] == ["missing"] for branch in best):
-        keys = tuple(dict.fromkeys(repr(branch[0].path[-1]) for branch in best))
-        text = "missing" if len(keys) == 1 else f"expected {_one_of(keys)} among its keys, got none of them"
-        trail = best[0][0].trail
-        return [replace(best[0][0], trail=trail if len(keys) == 1 else replace(trail, path=where), text=text)]
-    equals = [fault for branch in best[1:] for fault in branch if fault.kind in ("type", "choice")]
-    choices = [
-        fault for branch in branches for fault in branch if fault.kind == "choice" and len(fault.path) > len(where)
+        return [_one_missing(where, [branch[0] for branch in best])]
+    alike = [
+        fault
+        for branch, score in zip(branches, scores, strict=True)
+        for fault in branch
+        if score == min(scores) or (fault.kind == "choice" and len(fault.path) > len(where))
     ]
-    return [
-        fault.joined(other for other in equals + choices if other.path == fault.path)
-        if fault.kind in ("type", "choice")
-        else fault
-        for fault in best[0]
-    ]
+    return [fault.joined(alike) for fault in best[0]]
 
 
-def _score(where: KeyPath, branch: list[_Fault]) -> tuple[bool, int]:
-    wrong_kind = all(fault.path == where and fault.kind in ("type", "choice") for fault in branch)
-    return wrong_kind, 0 if wrong_kind else sum(_COSTS[fault.kind] for fault in branch)
+def _one_missing(where: KeyPath, faults: list[_Fault]) -> _Fault:
+    keys = tuple(dict.fromkeys(repr(fault.path[-1]) for fault in faults))
+    if len(keys) == 1:
+        return faults[0]
+    text = f"expected the key {' or '.join(keys)}, got none of them"
+    return _Fault(replace(faults[0].trail, path=where), "missing", text=text)
+
+
+def _score(where: KeyPath, branch: list[_Fault], branches: list[list[_Fault]]) -> tuple[bool, int, int]:
+    """Return how unlikely a branch is: another kind of value, then how wrong it is inside."""
+    if _wrong_kind(where, branch):
+        return True, 0, 0
+    fitting = [{fault.path for fault in other} for other in branches if not _wrong_kind(where, other)]
+    tags = [fault for fault in branch if fault.kind == "choice" and any(fault.path not in paths for paths in fitting)]
+    return False, sum(_COSTS[fault.kind] for fault in branch) + _WRONG_TAG * len(tags), len(branch)
+
+
+def _wrong_kind(where: KeyPath, branch: list[_Fault]) -> bool:
+    return all(fault.path == where and fault.kind in _JOINED for fault in branch)
 
 
 def _walk(loc: tuple[str | int, ...], model: type[BaseModel], document: Document) -> _Trail:

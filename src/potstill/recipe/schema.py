@@ -149,5 +149,7 @@ class Recipe(Section):
         return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
 
 
-Kind = Literal["recipes", "losses", "tasks", "schemes", "compressors", "sources", "augmentations", "models", "callbacks"]
+Kind = Literal[
+    "recipes", "losses", "tasks", "schemes", "compressors", "sources", "augmentations", "models", "callbacks"
+]
 """What ``potstill list`` can list."""

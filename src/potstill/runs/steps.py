@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,27 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PrinterCallback
 
 from potstill._version import __version__
 from potstill.data.load import Splits
+from potstill.errors import RunError, did_you_mean
 from potstill.evaluation.cost import bytes_on_disk, latencies, parameters
 from potstill.evaluation.fidelity import agreement, retention, retention_above_chance
 from potstill.evaluation.metrics import compare, estimate
 from potstill.evaluation.predict import Predictions, predict
 from potstill.interfaces import Progress, Task
 from potstill.losses.objective import Objective
-from potstill.models.load import CARD, Blueprint, find_factory, load_model, save_model
+from potstill.models.load import CARD, find_factory, load_model, save_model
 from potstill.recipe import build
+from potstill.recipe.load import load_recipe
 from potstill.recipe.schema import ModelSpec, Recipe, TrainSpec
 from potstill.registry import schemes
 from potstill.runs.cache import Cache, content_hash, table_hash
 from potstill.runs.folder import RunFolder, write_json
 from potstill.runs.metrics import Estimate, Gain, ModelMetrics, RunMetrics
 from potstill.teachers.live import Live
+from potstill.training.callbacks import LogLines
 from potstill.training.checkpoints import latest_checkpoint
 from potstill.training.trainer import DistillationTrainer, ready_batch
 
@@ -84,8 +87,10 @@ class Run:
             if state.is_main_process:
                 self.folder.claim(self.tree)
             state.wait_for_everyone()
+            if self.folder.is_done("evaluate"):
+                return self.metrics()
             for name in self.recipe.all_teachers:
-                self._step(name, lambda name=name: self._teach(name))
+                self._step(name, partial(self._teach, name))
             if self._has_baseline:
                 self._step("baseline", self._baseline)
             self._step("distilled", self._distill)
@@ -184,40 +189,57 @@ class Run:
         own = [tap.removeprefix(f"{name}/") for tap in taps if not several or tap.startswith(f"{name}/")]
         return Live(self.load(name), own, forward=self.task.forward)
 
+    def evaluate(self, split: str = "test") -> RunMetrics:
+        """Judge the saved models on a split and return the figures; nothing is written.
+
+        Raises:
+            RunError: there is no such split.
+        """
+        table = getattr(self.splits, split, None) if split in ("train", "validation", "test") else None
+        if table is None:
+            raise RunError(f"there is no split '{split}'; {did_you_mean(split, ('train', 'validation', 'test'))}")
+        return self._judge(table, split)[0]
+
     def _evaluate(self) -> None:
         """Judge every model on the test split, which is read once, and write ``metrics.json``."""
-        roles = {name: "teacher" for name in self.recipe.all_teachers}
+        metrics, answers = self._judge(self.splits.test, "test")
+        for name, predictions in answers.items():
+            path = self.folder / f"predictions/{name}.test.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            predictions.save(path)
+        write_json(self.folder / "metrics.json", metrics.model_dump(mode="json"))
+
+    def _judge(self, table: Any, split: str) -> tuple[RunMetrics, dict[str, Predictions]]:
+        roles: dict[str, str] = dict.fromkeys(self.recipe.all_teachers, "teacher")
         if self.folder.is_done("baseline"):
             roles["baseline"] = "baseline"
         roles["distilled"] = "student"
         models = {name: self.load(name) for name in roles}
-        answers = self._predictions(models)
+        answers = self._predictions(models, table)
         timed = latencies(models, self.task) if self.recipe.evaluate.latency else {name: {} for name in models}
         first = next(iter(self.recipe.all_teachers), None)
-        found = {
-            name: ModelMetrics.model_validate(
+        found = {}
+        for name, role in roles.items():
+            own = answers[name].logits
+            same = None if first is None or first == name else agreement(own, answers[first].logits)
+            found[name] = ModelMetrics.model_validate(
                 {
                     "role": role,
                     "metrics": self._estimates(answers[name]),
                     "parameters": parameters(models[name]),
                     "bytes": bytes_on_disk(self.model_folder(name)),
                     "latency_ms": timed[name],
-                    "agreement": None if first in (None, name) else agreement(answers[name].logits, answers[first].logits),
+                    "agreement": same,
                 }
             )
-            for name, role in roles.items()
-        }
-        write_json(self.folder / "metrics.json", self._summary(found, answers, first).model_dump(mode="json"))
+        return self._summary(found, answers, first, split), answers
 
-    def _predictions(self, models: Mapping[str, nn.Module]) -> dict[str, Predictions]:
-        dataset = self.task.dataset(self.splits.test, training=False, seed=self.recipe.seed)
+    def _predictions(self, models: Mapping[str, nn.Module], table: Any) -> dict[str, Predictions]:
+        dataset = self.task.dataset(table, training=False, seed=self.recipe.seed)
         found = {}
         for name, model in models.items():
-            logger.info("%s: answering the test split (%d samples)", name, len(dataset))
+            logger.info("%s: answering %d samples", name, len(dataset))
             found[name] = predict(model, self.task, dataset, batch_size=self.recipe.evaluate.batch_size)
-            path = self.folder / f"predictions/{name}.test.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            found[name].save(path)
         return found
 
     def _estimates(self, predictions: Predictions) -> dict[str, Estimate]:
@@ -225,7 +247,7 @@ class Run:
         return {name: Estimate(value=value, low=low, high=high) for name, (value, low, high) in found.items()}
 
     def _summary(
-        self, models: dict[str, ModelMetrics], answers: dict[str, Predictions], first: str | None
+        self, models: dict[str, ModelMetrics], answers: dict[str, Predictions], first: str | None, split: str
     ) -> RunMetrics:
         primary = self.task.primary
         labels = answers["distilled"].labels
@@ -238,6 +260,7 @@ class Run:
             recipe=self.recipe.name,
             seed=self.recipe.seed,
             primary=primary,
+            split=split,
             samples=len(answers["distilled"].logits),
             chance=None if labels is None else self.task.chance(labels),
             models=models,
@@ -278,6 +301,8 @@ class Run:
             callbacks=setup.callbacks,
             **setup.keywords,
         )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines(name))
         resume = latest_checkpoint(checkpoints)
         self._event("training", step=name, resumed_from=None if resume is None else resume.name)
         logger.info("%s: training%s", name, "" if resume is None else f", going on from {resume.name}")
@@ -348,9 +373,21 @@ class Run:
             logger.warning(text)
 
 
+def open_run(folder: Path, *, allow_code: bool = True, bars: bool | None = None) -> Run:
+    """Return the finished run in a folder.
+
+    Raises:
+        RunError: the folder holds no run, or one that is not finished.
+    """
+    resolved = folder / "recipe.resolved.yaml"
+    if not resolved.is_file():
+        raise RunError(f"expected the folder of a run, and {folder} has no recipe.resolved.yaml")
+    run = Run(load_recipe(resolved, allow_code=allow_code), folder, allow_code=allow_code, bars=bars)
+    if not run.folder.is_done("evaluate"):
+        raise RunError(f"the run in {folder} is not finished; `potstill distill` goes on with it")
+    return run
+
+
 def default_output(recipe: Recipe) -> Path:
     """Return ``runs/NAME-HASH`` under the working directory: the same recipe, the same folder."""
     return Path("runs") / f"{recipe.name}-{content_hash(recipe.model_dump(mode='json'))[:8]}"
-
-
-__all__ = ["Blueprint", "Run", "default_output"]

@@ -35,9 +35,9 @@ class Offline:
 
     def sources(self, progress: Progress) -> Mapping[str, TeacherSource]:
         """Return the one source that the student sees, the same throughout."""
-        if len(self._teachers) < 2:
-            return {"teacher": source for source in self._teachers.values()}
-        return {"teacher": Several(self._teachers)}
+        if len(self._teachers) > 1:
+            return {"teacher": Several(self._teachers)}
+        return dict(zip(["teacher"], self._teachers.values(), strict=False))
 
     def after_step(self, progress: Progress) -> None:
         """Do nothing: the teachers stay as they are."""

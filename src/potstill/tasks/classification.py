@@ -56,7 +56,7 @@ class Classification:
 
     def answers(self, logits: NDArray[Any]) -> NDArray[Any]:
         """Return the most likely class ``[N]`` of logits ``[N, C]``."""
-        return logits.argmax(-1)
+        return np.asarray(logits.argmax(-1))
 
     def metrics(self, answers: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
         """Return ``accuracy`` and ``f1_macro`` (over the classes that occur), each in [0, 1].
@@ -120,7 +120,7 @@ class Classification:
 
 
 def _f1_macro(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
-    """F1 of each class that occurs in labels or predictions, averaged; as scikit-learn's, but fast enough to resample."""
+    """F1 averaged over the classes that occur in labels or answers; as scikit-learn's, but fast enough to resample."""
     size = int(max(predicted.max(), labels.max())) + 1
     hits = np.bincount(labels[predicted == labels], minlength=size)
     total = np.bincount(labels, minlength=size) + np.bincount(predicted, minlength=size)

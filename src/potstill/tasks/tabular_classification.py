@@ -35,9 +35,7 @@ class TabularClassification(Classification):
     name = "tabular-classification"
     input_key = "features"
 
-    def __init__(
-        self, *, label: str = "label", features: list[str] | None = None, augment: Sequence[Any] = ()
-    ) -> None:
+    def __init__(self, *, label: str = "label", features: list[str] | None = None, augment: Sequence[Any] = ()) -> None:
         super().__init__(label=label)
         self.features = features
         self.augment = list(augment)
@@ -102,12 +100,12 @@ def _width(about: Mapping[str, Any]) -> int:
 def _encode(table: Dataset, name: str, about: Mapping[str, Any]) -> NDArray[np.float32]:
     if "categories" not in about:
         values = (_numbers(table, name) - about["mean"]) / about["std"]
-        return np.nan_to_num(values)[:, None].astype(np.float32)
+        return np.asarray(np.nan_to_num(values)[:, None], dtype=np.float32)
     feature = table.features[name]
     values = [feature.int2str(v) for v in table[name]] if isinstance(feature, ClassLabel) else map(str, table[name])
     place = {category: i for i, category in enumerate(about["categories"])}
     found = np.array([place.get(value, -1) for value in values])
-    return (found[:, None] == np.arange(len(place))[None, :]).astype(np.float32)
+    return np.asarray(found[:, None] == np.arange(len(place))[None, :], dtype=np.float32)
 
 
 def _numbers(table: Dataset, name: str) -> NDArray[np.float64]:

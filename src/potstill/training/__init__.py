@@ -1,0 +1,1 @@
+"""Making it happen: the distillation module and the trainer."""

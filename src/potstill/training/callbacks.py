@@ -6,6 +6,7 @@ called once the trainer exists. Those with a state are ``ExportableState`` and s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -17,6 +18,8 @@ from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 
 from potstill.data.batching import batches
 from potstill.registry import callbacks
+
+logger = logging.getLogger("potstill")
 
 _CONSTRAINED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -113,6 +116,27 @@ class MaxNorm(TrainerCallback):  # type: ignore[misc]
             for module in student.modules():
                 if isinstance(module, _CONSTRAINED):
                     module.weight.renorm_(2, 0, self.bound)
+
+
+class LogLines(TrainerCallback):  # type: ignore[misc]
+    """Write what is logged as a line of potstill's log, in place of Trainer's bare dictionaries.
+
+    Args:
+        name: what is trained.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Write one line: losses at debug level, evaluations at info level."""
+        figures = {k: v for k, v in (logs or {}).items() if isinstance(v, float) and not k.endswith("per_second")}
+        evaluated = any(key.startswith("eval_") for key in figures)
+        if evaluated:
+            figures = {k: v for k, v in figures.items() if k.startswith("eval_") and k != "eval_runtime"}
+        line = ", ".join(f"{key.removeprefix('eval_')} {value:.4g}" for key, value in figures.items() if key != "epoch")
+        level = logging.INFO if evaluated else logging.DEBUG
+        logger.log(level, "%s: step %d of %d: %s", self.name, state.global_step, state.max_steps, line)
 
 
 class Epochs(TrainerCallback):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 from potstill.errors import TrainingError
@@ -25,6 +25,7 @@ from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
 from potstill.models.weights import load_modules, load_student, save_modules, save_student
 from potstill.teachers.live import Live
 from potstill.training.arguments import check_arguments
+from potstill.training.callbacks import Epochs
 from potstill.training.checkpoints import mark_complete, rotate
 from potstill.training.module import DistillationModule
 
@@ -74,20 +75,26 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self.teacher = _as_source(teacher, module, forward)
         if self.teacher is None and terms.needs_teacher():
             raise TrainingError("the objective compares with a teacher and none was given; pass teacher=…")
+        self._signature_columns: list[str] | None = None
+        self.lr_scheduler: Any = None
         self._save_student = save_student or save_student_default
         self._projector_learning_rate = projector_learning_rate
         self._make_scheduler = scheduler
+        self._hard = terms.hard_only()
         self._parts: dict[str, Tensor] = {}
         self._parts_seen = 0
+        self._parts_since = 0
         trainer_arguments["train_dataset"] = _with_sample_ids(trainer_arguments.get("train_dataset"))
         super().__init__(module, **trainer_arguments)
         if self.args.label_names is None:
             self.label_names = find_labels(type(model)) or ["labels"]
         self.loss_is_scaled_for_ga = self._counts_are_used
         self.model_accepts_loss_kwargs = self._counts_are_used
+        self._hard.to(self.args.device)
         move: Any = getattr(self.teacher, "to", None)
         if move is not None:
             move(self.args.device)
+        self._set_up_callbacks()
 
     # ---- what a step is -------------------------------------------------------------------------------------------
 
@@ -128,11 +135,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Run the student alone; the loss is that of the hard terms."""
         batch = self._prepare_inputs(inputs)
-        module = self._module
+        module = self.distillation_module
         with torch.no_grad(), self.compute_loss_context_manager():
             said = module._respond(module.student, batch)
         labels = batch.get(self.label_names[0]) if self.label_names else None
-        loss = _hard_loss(module.objective, said, {**batch, "labels": labels}) if labels is not None else None
+        loss = _hard_loss(self._hard, said, {**batch, "labels": labels}) if labels is not None else None
         if prediction_loss_only:
             return loss, None, None
         return loss, said[module.responses[0]].detach(), labels
@@ -142,7 +149,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     def _set_signature_columns_if_needed(self) -> None:
         """Keep what student, teacher, masks and labels need; Trainer's own rule drops a BERT teacher's inputs."""
         if self._signature_columns is None:
-            module = self._module
+            module = self.distillation_module
             teacher = getattr(self.teacher, "model", None)
             wanted = set(module.accepts) | set(self.label_names) | {"label", "label_ids", "sample_id", "attention_mask"}
             if isinstance(teacher, nn.Module):
@@ -160,11 +167,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     # ---- optimizer ------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make projectors, if any wait for a dry run, then the optimizer with a group of their own."""
+        """Make the optimizer, with a group of their own for the projectors if they have a learning rate."""
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and self._projector_learning_rate is not None:
-            own = {id(p) for p in self._module.objective.parameters()}
+            own = {id(p) for p in self.distillation_module.objective.parameters()}
             _split_groups(optimizer, own, self._projector_learning_rate)
         return optimizer
 
@@ -180,11 +187,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; projectors that wait for their sizes are made first, by a dry run on one batch."""
         self.materialize()
+        self._parts, self._parts_seen, self._parts_since = {}, 0, 0
         return super().train(*args, **kwargs)
 
     def materialize(self) -> None:
         """Size the objective's projectors by one dry run of teacher and student; nothing if there are none."""
-        module = self._module
+        module = self.distillation_module
         if module.objective.pending_projectors() and self.teacher is not None:
             state = torch.random.get_rng_state()
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
@@ -200,7 +208,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        module = self._module
+        module = self.distillation_module
         if state_dict is None:
             self._save_student(module.student, folder)
         else:
@@ -232,7 +240,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         self.materialize()
-        folder, module = Path(resume_from_checkpoint), self._module
+        folder, module = Path(resume_from_checkpoint), self.distillation_module
         load_student(module.student, folder)
         load_modules(module.objective, folder / OBJECTIVE_FILE)
         load_modules(self.teacher, folder / SOURCES_FILE)
@@ -246,18 +254,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     # ---- logging --------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each term since the last line, over all processes."""
+        """Add the mean of each term since the last line, over all processes, and what ramps stand at."""
         if "loss" in logs and self._parts_seen:
+            steps = self.state.global_step - self._parts_since
+            divisor = max(1, steps if self._counts_are_used else self._parts_seen)
             for name, value in self._parts.items():
-                mean = self.accelerator.reduce(value / self._parts_seen, "mean")
-                logs[f"loss/{name}"] = float(mean) * self._micro_batches_per_step
-            self._parts, self._parts_seen = {}, 0
+                logs[f"loss/{name}"] = float(self.accelerator.reduce(value / divisor, "mean"))
+            for name, term in self.distillation_module.objective.named_terms():
+                logs |= {f"{key}/{name}": value for key, value in term.ramps(self.progress).items()}
+            self._parts, self._parts_seen, self._parts_since = {}, 0, self.state.global_step
         super().log(logs, *args, **kwargs)
-
-    @property
-    def _micro_batches_per_step(self) -> int:
-        """The factor that turns a mean over micro-batches into a mean over steps: their parts add up in a window."""
-        return self.args.gradient_accumulation_steps if self._counts_are_used else 1
 
     def _record(self, parts: Mapping[str, Tensor]) -> None:
         self._parts_seen += 1
@@ -268,14 +274,23 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     @property
-    def _module(self) -> DistillationModule:
+    def distillation_module(self) -> DistillationModule:
+        """The module that is trained, without the wrappers of distribution and compilation."""
         module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(module, DistillationModule):
             raise TrainingError(f"expected a DistillationModule, got {type(module).__name__}")
         return module
 
+    def _set_up_callbacks(self) -> None:
+        if hasattr(self.train_dataset, "set_epoch") and not isinstance(self.train_dataset, datasets.Dataset):
+            self.add_callback(Epochs(self.train_dataset))
+        for callback in self.callback_handler.callbacks:
+            bind: Any = getattr(callback, "bind", None)
+            if bind is not None:
+                bind(self)
+
     def _window_counts(self, batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
-        each = [self._module.objective.counts(batch) for batch in batches]
+        each = [self.distillation_module.objective.counts(batch) for batch in batches]
         names = list(each[0])
         summed = torch.stack([torch.stack([counts[name].cpu() for counts in each]).sum() for name in names])
         processes = self.accelerator.num_processes
@@ -317,7 +332,8 @@ def _hard_loss(objective: Objective, said: Signals, batch: Batch) -> Tensor | No
         return None
     if not bool((labels != IGNORED).any()):
         return None
-    return objective.hard_only()(said, {}, batch).total.detach()
+    total: Tensor = objective(said, {}, batch).total
+    return total.detach()
 
 
 def _with_sample_ids(dataset: Any) -> Any:

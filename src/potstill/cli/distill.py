@@ -1,0 +1,45 @@
+"""``potstill distill``: the main job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from potstill.cli.options import AllowCode, OverridesArgument, Quiet, RecipeArgument, Verbose, set_up_logging
+
+
+def distill(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The run's folder; runs/NAME-HASH if omitted.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Repeat the run with this many seeds and show the spread over them.")
+    ] = 1,
+    allow_code: AllowCode = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train teacher, baseline and distilled student, and judge them. The same command goes on after a stop."""
+    set_up_logging(quiet=quiet, verbose=verbose)
+    from potstill.cli.output import print_run, print_seeds
+    from potstill.experiments.seeds import run_seeds, seed_overrides
+    from potstill.recipe.load import load_recipe
+    from potstill.runs.steps import Run
+
+    changes = list(overrides or [])
+    loaded = load_recipe(recipe, changes, allow_code=allow_code)
+    bars = False if quiet else None
+    if seeds == 1:
+        run = Run(loaded, output, allow_code=allow_code, bars=bars)
+        print_run(run.execute(), run.folder.path)
+        return
+
+    def one(seed: int, folder: str) -> None:
+        varied = load_recipe(recipe, [*changes, *seed_overrides(seed)], allow_code=allow_code)
+        Run(varied, folder, allow_code=allow_code, bars=bars).execute()
+
+    summary, folder = run_seeds(loaded.name, loaded.seed, seeds, output, one, loaded.model_dump(mode="json"))
+    print_seeds(summary, folder)
