@@ -25,6 +25,10 @@ Per: TypeAlias = Literal["sample", "position", "batch"]
 """Along what a loss can be split: one value per sample, one per position, or one for the coupled batch."""
 
 
+IGNORED = -100
+"""The label of a position that does not count, as in ``torch.nn.functional.cross_entropy``."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where the training stands; ramps of weights and temperatures read it.

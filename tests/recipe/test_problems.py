@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     RootModel,
     Tag,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -51,6 +52,16 @@ class Dog(Strict):
     @classmethod
     def _same(cls, given: Any) -> Any:
         return given
+
+
+class Needy(Strict):
+    form: Literal["needy"]
+    first: int
+    second: int
+
+
+class Easy(Strict):
+    form: Literal["easy", "simple"]
 
 
 class Keep(Strict):
@@ -112,6 +123,7 @@ class Recipe(Strict):
     called: Annotated[Annotated[Cat, Tag("c")] | Annotated[Dog, Tag("d")], Discriminator(lambda _: "c")] | None = None
     inside: Annotated[Annotated[Cat, Tag("c")] | Annotated[Dog, Tag("d")], Discriminator(lambda _: "d")] | int = 0
     alias: Alias = 0
+    need: Needy | Easy | None = None
     day: date | None = None
     student: Named | Cut | None = None
     forms: list[Named | str] = []
@@ -136,6 +148,8 @@ class Recipe(Strict):
     @field_validator("anything")
     @classmethod
     def _inner(cls, given: Any) -> Any:
+        if isinstance(given, list):
+            return TypeAdapter(list[int] | dict[str, int]).validate_python(given)
         return Named.model_validate(given) if isinstance(given, dict) else given
 
 
@@ -220,6 +234,9 @@ MESSAGES = [
     ("mixed: x", "mixed: expected a mapping or a whole number, got the text 'x'"),
     ("called: {kind: cat, live: 1}", "called.live: unknown key; did you mean 'lives'?"),
     ("inside: {kind: dog, bone: 1}", "inside.bone: unknown key; did you mean 'bones'?"),
+    ("tagged: {kind: cat, bone: 1}", "tagged.bone: unknown key; known: kind, lives"),
+    ("anything: [a]", "anything.0: expected a whole number, got the text 'a'"),
+    ("need: {form: easy, first: 1}", "need.first: unknown key; known: form"),
     ("alias: {model: 3}", "alias.model: expected a text, got 3"),
     ("day: []", "day: expected a valid date, got a list"),
     ("student: {}", "student: expected the key 'model' or 'from_teacher', got none of them"),
@@ -255,6 +272,10 @@ def test_a_misspelt_required_key_is_missing_and_unknown():
         "student.model: missing",
         "student.modle: unknown key; did you mean 'model'?",
     ]
+
+
+def test_a_tag_that_fits_one_branch_decides():
+    assert lines("need: {form: needy}") == ["need.first: missing", "need.second: missing"]
 
 
 def test_missing_says_what_the_field_is_for():
@@ -436,7 +457,7 @@ def test_whatever_is_asked_each_problem_is_at_something_that_was_written():
     draw = random.Random(0)
     names = [field.alias or name for name, field in Recipe.model_fields.items()]
     failed = 0
-    for _ in range(2000):
+    for _ in range(1000):
         tree = {name: random_value(draw) for name in draw.sample(names, 4)}
         document = Document(tree, dict.fromkeys(paths_of(tree), Place("r.yaml", 1)))
         problems = problems_in(document)
@@ -447,7 +468,7 @@ def test_whatever_is_asked_each_problem_is_at_something_that_was_written():
             assert problem.file == "r.yaml"
             assert "function" not in str(problem)
             assert "\x1b" not in str(problem)
-    assert failed > 1000
+    assert failed > 500
 
 
 def problems_in(document: Document) -> list[Problem]:

@@ -149,7 +149,9 @@ def test_half_a_character_is_refused():
 
 @pytest.mark.parametrize("text", ["9" * 1000, "0x" + "f" * 1000, "0o" + "7" * 1000, "-" + "9" * 101, "1e999", "-1e400"])
 def test_numbers_out_of_range_are_refused(text):
-    assert only(parse_document(f"a: {text}", "r.yaml")).message.startswith("expected a number")
+    document = parse_document(f"a: {text}", "r.yaml")
+    assert only(document).message.startswith("expected a number")
+    assert document.tree == {"a": None}
 
 
 # anchors, aliases, merge keys
@@ -236,7 +238,7 @@ def test_random_signs_never_raise():
         *"ab01-:?,[]{}#&*!|>'\"%@` \n\t\\~<=.xeU\x85\U0001f600",
         *["<<: ", "- ", ": ", "&a ", "*a ", "!!", "\\u", "\\x"],
     ]
-    for _ in range(3000):
+    for _ in range(2000):
         text = "".join(draw.choices(signs, k=draw.randrange(1, 40)))
         document = parse_document(text, "r.yaml")
         assert all(problem.file == "r.yaml" and problem.line >= 1 for problem in document.problems)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from potstill.evaluation.predict import Predictions
 from potstill.evaluation.significance import bootstrap, paired_gain
-from potstill.interfaces import Task
-from potstill.losses.supervised import IGNORED
+from potstill.interfaces import IGNORED, Task
 
 
 def estimate(task: Task, predictions: Predictions, *, resamples: int) -> dict[str, tuple[float, float, float]]:

@@ -240,8 +240,10 @@ def _follow_hidden(tower: nn.Module, slots: list[_Slot], undo: _Undo) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # takes a lock, which the tracer cannot follow; once per model
 def _install_transformers_hooks(tower: nn.Module) -> bool:
-    from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
+    try:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:  # early 5.x has no such hooks
+        return False
     maybe_install_capturing_hooks(tower)
     return True
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from potstill.interfaces import IGNORED
 from potstill.losses.divergence import kl, log_softmax
 from potstill.losses.feature import mse
-from potstill.losses.supervised import IGNORED, cross_entropy
+from potstill.losses.supervised import cross_entropy
 
 
 def temperature_scaled_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ObjectiveError, did_you_mean
-from potstill.interfaces import Batch, LossOutput, Progress, Signals
+from potstill.interfaces import IGNORED, Batch, LossOutput, Progress, Signals
 from potstill.losses.ramps import Number, as_number, at
-from potstill.losses.supervised import IGNORED
 from potstill.registry import losses
 
 Mask = str | Callable[[Batch], Tensor | None] | None

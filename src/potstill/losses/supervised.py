@@ -9,11 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.errors import ObjectiveError
+from potstill.interfaces import IGNORED
 from potstill.losses.divergence import at_least_fp32
 from potstill.registry import losses
-
-IGNORED = -100
-"""The label of a position that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
 @losses.register("cross_entropy", per="position", formula="CE(labels, softmax({student}))")

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors, strict when loaded, no pickle."""
+"""Weights on disk: safetensors, strict when loaded."""
 
 from __future__ import annotations
 

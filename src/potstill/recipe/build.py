@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "restore_callback_states_from_checkpoint": True,
     "per_device_eval_batch_size": 256,
     "log_level": "error",
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 """Training arguments where a recipe says nothing; fractions are shares of the training."""
 

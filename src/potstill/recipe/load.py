@@ -44,9 +44,9 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, allow_c
         looks_like_name = "/" not in str(reference) and not str(reference).endswith((".yaml", ".yml"))
         hint = did_you_mean(str(reference), packaged_recipes()) if looks_like_name else None
         if hint is None:
-            return _validated(read_document(Path(reference), overrides, find=find_recipe), allow_code)
+            return _validated(read_document(Path(reference), overrides, find=packaged_recipes().get), allow_code)
         raise RecipeError([Problem((), f"there is no recipe '{reference}', as a file or packaged", hint)])
-    return _validated(read_document(path, overrides, find=find_recipe), allow_code)
+    return _validated(read_document(path, overrides, find=packaged_recipes().get), allow_code)
 
 
 def recipe_from(tree: Mapping[str, Any], *, allow_code: bool = True) -> Recipe:

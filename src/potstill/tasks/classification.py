@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from potstill.errors import TaskError, did_you_mean
-from potstill.interfaces import Batch, Signals
-from potstill.losses.supervised import IGNORED
+from potstill.interfaces import IGNORED, Batch, Signals
 from potstill.models.inputs import respond
 
 

@@ -18,9 +18,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 from potstill.errors import TrainingError
-from potstill.interfaces import Batch, Progress, Signals, TeacherSource
+from potstill.interfaces import IGNORED, Batch, Progress, Signals, TeacherSource
 from potstill.losses.objective import Objective, clamp_counts, default_objective
-from potstill.losses.supervised import IGNORED
 from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
 from potstill.models.weights import load_modules, load_student, save_modules, save_student
 from potstill.teachers.live import Live
