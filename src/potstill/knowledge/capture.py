@@ -8,6 +8,7 @@ forward is run again for gradient checkpointing.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from potstill.interfaces import Signals
 from potstill.knowledge.taps import Tap, resolve_all
 
 _IMPLEMENTATION = "potstill_sdpa"
-_MARK = "_potstill_readers"
 _HIDDEN_FIELDS = ("hidden_states", "reshaped_hidden_states")
 _Undo = list[Callable[[], None]]
 
@@ -232,19 +232,25 @@ def _setting(module: Any, kwargs: dict[str, Any], name: str) -> Any:
 
 def _follow_hidden(tower: nn.Module, slots: list[_Slot], undo: _Undo) -> None:
     if torch.compiler.is_compiling():
-        _install_transformers_hooks(tower)
+        _install_transformers_hooks(id(tower))
     reader = _HiddenReader(slots)
     undo.append(_pre_hook(tower, reader.before))
     undo.append(_hook(tower, reader.after, first=True))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # takes a lock, which the tracer cannot follow; once per model
-def _install_transformers_hooks(tower: nn.Module) -> bool:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # takes a lock, which cannot be traced
+def _install_transformers_hooks(identity: int) -> bool:
+    """Run while torch.compile traces: install what transformers would install, once, in the forward to come.
+
+    The tracer of older torch passes constants only, so the tower comes as its ``id``.
+    """
     try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # early 5.x has no such hooks
         return False
-    maybe_install_capturing_hooks(tower)
+    for tower in gc.get_objects():
+        if id(tower) == identity:
+            maybe_install_capturing_hooks(tower)
     return True
 
 
@@ -300,6 +306,9 @@ class _AttentionReader:
             call.slot.offer(call.read)
 
 
+_readers: dict[nn.Module, tuple[tuple[_AttentionReader, _Slot], ...]] = {}  # who listens to which attention now
+
+
 def _follow_attention(tower: nn.Module, slots: list[_Slot], undo: _Undo) -> None:
     _register()
     _switch(tower, undo)
@@ -311,9 +320,15 @@ def _follow_attention(tower: nn.Module, slots: list[_Slot], undo: _Undo) -> None
 
 
 def _mark(module: nn.Module, entry: tuple[_AttentionReader, _Slot]) -> Callable[[], None]:
-    old: Any = getattr(module, _MARK, ())
-    setattr(module, _MARK, (*old, entry))
-    return lambda: setattr(module, _MARK, old) if old else delattr(module, _MARK)
+    old = _readers.get(module, ())
+    _readers[module] = (*old, entry)
+
+    def remove() -> None:
+        _readers[module] = old
+        if not old:
+            del _readers[module]
+
+    return remove
 
 
 def _switch(tower: nn.Module, undo: _Undo) -> None:
@@ -321,20 +336,18 @@ def _switch(tower: nn.Module, undo: _Undo) -> None:
     configs: list[Any] = []
     for module in tower.modules():
         config: Any = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation") and not any(config is known for known in configs):
+        if hasattr(config, "_attn_implementation_internal") and not any(config is known for known in configs):
             configs.append(config)
     for config in configs:
         undo.append(_set_implementation(config, _IMPLEMENTATION))
 
 
 def _set_implementation(config: Any, name: str) -> Callable[[], None]:
-    old = config._attn_implementation
-    config._attn_implementation = {"": name}  # this form leaves its sub-configurations alone
-
-    def restore() -> None:
-        config._attn_implementation = {"": old}
-
-    return restore
+    # The public setter changes sub-configurations too, but the tracer of older torch sees no change of the inner name.
+    field = "_attn_implementation" if torch.compiler.is_compiling() else "_attn_implementation_internal"
+    old = getattr(config, field)
+    setattr(config, field, name)
+    return lambda: setattr(config, field, old)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # fills two global tables, once
@@ -354,7 +367,7 @@ def _attention(
     """Run fused attention as ``sdpa`` does; in a tapped block, remember what entered it."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    readers: Any = getattr(module, _MARK, ())
+    readers = _readers.get(module, ())
     if readers and options.get("softcap") is not None:
         raise SignalError(f"the attention of {type(module).__name__} has a softcap, so it cannot be tapped")
     scale, causal = options.get("scaling"), options.get("is_causal")

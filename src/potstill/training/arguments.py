@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
 from potstill.errors import TrainingError
@@ -28,6 +29,23 @@ def check_arguments(args: TrainingArguments) -> TrainingArguments:
     for switch in ("gradient_checkpointing", "activation_checkpointing"):
         _use_non_reentrant(args, switch)
     return args
+
+
+def check_student(student: nn.Module) -> None:
+    """Refuse a student whose gradient checkpointing was switched on with ``use_reentrant=True``.
+
+    Raises:
+        TrainingError: says how to switch it on instead.
+    """
+    for module in student.modules():
+        if not getattr(module, "gradient_checkpointing", False):
+            continue
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise TrainingError(
+                "the student's gradient checkpointing has use_reentrant=True, which changes the gradients of tapped "
+                'signals without a word; call gradient_checkpointing_enable({"use_reentrant": False})'
+            )
 
 
 def _use_non_reentrant(args: Any, switch: str) -> None:

@@ -23,7 +23,7 @@ from potstill.losses.objective import Objective, clamp_counts, default_objective
 from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
 from potstill.models.weights import load_modules, load_student, save_modules, save_student
 from potstill.teachers.live import Live
-from potstill.training.arguments import check_arguments
+from potstill.training.arguments import check_arguments, check_student
 from potstill.training.callbacks import Epochs
 from potstill.training.checkpoints import mark_complete, rotate
 from potstill.training.module import DistillationModule
@@ -70,6 +70,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         terms = Objective(objective) if isinstance(objective, Mapping) else objective or default_objective()
         args = trainer_arguments.setdefault("args", None) or TrainingArguments(output_dir="distilled")
         trainer_arguments["args"] = check_arguments(args)
+        check_student(model)
         module = DistillationModule(model, terms, forward=forward)
         self.teacher = _as_source(teacher, module, forward)
         if self.teacher is None and terms.needs_teacher():
