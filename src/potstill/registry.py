@@ -19,6 +19,8 @@ from potstill.errors import CodeNotAllowedError, ComponentError, Problem, did_yo
 
 T = TypeVar("T")
 
+_NUMBERS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+
 
 @dataclass(frozen=True)
 class Option:
@@ -127,23 +129,26 @@ def import_dotted(path: str, *, allow_code: bool = True) -> Any:
     """Return what ``package.module:attribute`` names.
 
     Raises:
-        CodeNotAllowedError: the module is not potstill's own and ``allow_code`` is false; says what would run.
+        CodeNotAllowedError: it is no registered component of potstill and ``allow_code`` is false; says what would run.
         ComponentError: the module or the attribute does not exist.
     """
     module_name, _, attribute = path.partition(":")
+    refusal = CodeNotAllowedError(
+        f"'{path}' would import and run the Python module {module_name}; allow it with --allow-code"
+    )
     if not allow_code and module_name.split(".")[0] != "potstill":
-        raise CodeNotAllowedError(
-            f"'{path}' would import and run the Python module {module_name}; allow it with --allow-code"
-        )
+        raise refusal
     try:
         value: Any = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the latter two for names such as '.a' and ''
         raise ComponentError(f"'{path}': the module {module_name} cannot be imported: {error}") from error
     for part in attribute.split("."):
         if not hasattr(value, part):
             hint = did_you_mean(part, [name for name in dir(value) if not name.startswith("_")])
             raise ComponentError(f"'{path}': {module_name} has no attribute '{part}'; {hint}")
         value = getattr(value, part)
+    if not allow_code and not any(value is entry for registry in _ALL for entry in registry._entries.values()):
+        raise refusal  # potstill's modules also reach what a recipe must not, such as `potstill.runs.folder:os.system`
     return value
 
 
@@ -199,13 +204,24 @@ def _type_problems(
             __config__=ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=()),
             **fields,
         )
-        model.model_validate(dict(given))
+        parsed = model.model_validate(dict(given))
     except ValidationError as error:
         return [
             Problem((*path, *entry["loc"]), f"{label}: {entry['msg'].lower()}, got {entry['input']!r}")
             for entry in error.errors()
         ]
-    return []
+    cast = {name: type(getattr(parsed, name)) for name in given if _is_cast(given[name], getattr(parsed, name))}
+    return [
+        Problem((*path, name), f"{label}: expected {_NUMBERS.get(kind, 'plain numbers')}, got {given[name]!r}")
+        for name, kind in cast.items()
+    ]
+
+
+def _is_cast(given: Any, parsed: Any) -> bool:
+    """Return whether pydantic made another number of a value; the component gets it as it was written."""
+    if isinstance(given, list | tuple) and isinstance(parsed, list | tuple):
+        return any(_is_cast(*pair) for pair in zip(given, parsed, strict=False))
+    return type(parsed) in _NUMBERS and type(given) is not type(parsed) and (type(given), type(parsed)) != (int, float)
 
 
 def _hints(function: Any) -> dict[str, Any]:
@@ -231,3 +247,4 @@ augmentations = Registry(
 )
 models = Registry("model", "potstill.models.plain")
 callbacks = Registry("callback", "potstill.training.callbacks")
+_ALL = (losses, tasks, schemes, compressors, sources, augmentations, models, callbacks)

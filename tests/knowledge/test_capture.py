@@ -10,7 +10,6 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
-    BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -98,31 +97,21 @@ def traces(model):
 CLEAN = ([], [], {"sdpa"})
 
 
-class Pair(nn.Module):
-    """Gives a tensor and a tuple."""
-
-    def forward(self, x):
-        return 2 * x, (x, x)
-
-
 class Net(nn.Module):
-    """Convolutions, a block that runs twice, a tuple output and an in-place sum."""
+    """A layer that runs twice, and a sum in place."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.conv = nn.Conv2d(1, 3, 3)
-        self.act = nn.ReLU()
         self.shared = nn.Linear(3, 3)
         self.norm = nn.LayerNorm(3)
-        self.pair = Pair()
+        self.rest = nn.ModuleList([nn.Linear(3, 2)])
 
     def forward(self, x):
-        features = self.act(self.conv(x)).mean((2, 3))
-        features = self.shared(self.shared(features))
+        features = self.shared(self.shared(x))
         out = self.norm(features)
         out += features
-        return self.pair(out)[0]
+        return self.rest[0](out)
 
 
 def raise_(error):
@@ -136,130 +125,6 @@ def twice(model, inputs, taps):
     return signals
 
 
-def image_batch():
-    torch.manual_seed(1)
-    return torch.randn(4, 1, 5, 5)
-
-
-# --- module paths -----------------------------------------------------------------------------------------------------
-
-
-def test_a_module_path_gives_that_modules_output():
-    net, x = Net(), image_batch()
-    with capture(net, ["conv", "act"]) as signals:
-        net(x)
-    assert torch.equal(signals["conv"], net.conv(x))
-    assert torch.equal(signals["act"], net.conv(x).relu())
-
-
-def test_signals_fill_while_the_block_runs():
-    net, x = Net(), image_batch()
-    with capture(net, "conv") as signals:
-        assert signals == {}
-        net(x)
-        assert list(signals) == ["conv"]
-
-
-def test_a_mapping_names_the_signals():
-    net, x = Net(), image_batch()
-    with capture(net, {"low": "conv", "again": "conv", "high": "norm@0"}) as signals:
-        net.conv(x)
-        net.norm(torch.ones(2, 3))
-    assert set(signals) == {"low", "again", "high"}
-    assert torch.equal(signals["low"], signals["again"])
-
-
-def test_elements_of_tuples_and_dicts():
-    net = Net()
-    with capture(net, ["pair", "pair:0"]) as signals:
-        net.pair(torch.ones(2))
-    assert signals["pair"].tolist() == signals["pair:0"].tolist() == [2, 2]
-
-    model = nn.ModuleDict({"body": BertModel(BertConfig(**SIZES)).eval()})
-    with capture(model, ["body", "body:pooler_output", "body:1"]) as signals:
-        out = model["body"](**TEXT)
-    assert torch.equal(signals["body"], out.last_hidden_state)
-    assert torch.equal(signals["body:pooler_output"], out.pooler_output)
-    assert torch.equal(signals["body:1"], out.pooler_output)
-
-
-@pytest.mark.parametrize(
-    ("tap", "message"),
-    [
-        ("pair:1", "gave tuple, not a tensor; say which element: 0, 1"),
-        ("pair:2", "no element '2'; there are: 0, 1"),
-        ("pair:state", "no element 'state'"),
-        ("conv:0", "no element '0'; there are: none"),
-    ],
-)
-def test_an_output_without_such_a_tensor(tap, message):
-    net = Net()
-    with pytest.raises(SignalError, match=message), capture(net, tap):
-        net(image_batch())
-    assert own_hooks(net) == []
-
-
-def test_a_dict_gives_its_first_tensor():
-    class Labelled(nn.Module):
-        def forward(self, x):
-            return {"name": "x", "value": x + 1, "other": x}
-
-    net = nn.Sequential(Labelled())
-    with capture(net, ["0", "0:other"]) as signals:
-        net(torch.zeros(2))
-    assert signals["0"].tolist() == [1, 1]
-    assert signals["0:other"].tolist() == [0, 0]
-
-
-def test_a_module_that_runs_twice_needs_the_number_of_the_call():
-    net, x = Net(), image_batch()
-    with pytest.raises(SignalError, match=r"'shared' was called more than once .* 'shared@0'"), capture(net, "shared"):
-        net(x)
-    assert own_hooks(net) == []
-    with capture(net, ["shared@0", "shared@1"]) as signals:
-        net(x)
-    assert torch.equal(signals["shared@1"], net.shared(signals["shared@0"]))
-    with pytest.raises(SignalError, match=r"no forward reached 'shared@2'"), capture(net, ["shared@2", "shared@1"]):
-        net(x)
-
-
-def test_the_first_input_of_a_module():
-    net, x = Net(), image_batch()
-    with capture(net, ["input:act", "conv", "input:shared@1", "shared@0"]) as signals:
-        net(x)
-    assert torch.equal(signals["input:act"], signals["conv"])
-    assert torch.equal(signals["input:shared@1"], signals["shared@0"])
-    with capture(net, "input:conv") as signals:
-        net.conv(input=x)
-    assert signals["input:conv"] is x
-
-
-def test_an_output_that_is_overwritten_in_place_is_never_given_silently():
-    net, x = Net(), image_batch()
-    with pytest.raises(SignalError, match=r"'norm' was overwritten in place .* 'clone:norm'"), capture(net, "norm"):
-        net(x)
-    with capture(net, ["clone:norm", "shared@1"]) as signals:
-        net(x)
-    assert torch.equal(signals["clone:norm"], net.norm(signals["shared@1"]))
-
-
-def test_unknown_paths_raise_before_anything_is_hooked():
-    net = Net()
-    with pytest.raises(SignalError, match="'convolution' names nothing in Net; did you mean 'conv'"):
-        capture(net, ["act", "convolution"]).__enter__()
-    assert own_hooks(net) == []
-
-
-def test_a_tap_without_a_forward_is_named():
-    net, x = Net(), image_batch()
-    with (
-        pytest.raises(SignalError, match="no forward reached 'pair', 'norm' before"),
-        capture(net, ["pair", "conv", "norm"]),
-    ):
-        net.conv(x)
-    assert own_hooks(net) == []
-
-
 def test_an_exception_passes_through_and_leaves_nothing():
     model, inputs = build("bert")
     taps = ["bert.pooler", "input:classifier", "hidden.1", "attention.1"]
@@ -268,12 +133,6 @@ def test_an_exception_passes_through_and_leaves_nothing():
         with pytest.raises(error), capture(model, taps):  # not a SignalError about the taps that saw no forward
             model(**inputs)
         assert traces(model) == CLEAN
-
-
-def test_no_taps_no_signals():
-    with capture(Net(), []) as signals:
-        pass
-    assert signals == {}
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -443,7 +302,7 @@ def test_additive_masks(lowest):
 
 def test_a_softcap_is_refused_rather_than_left_out():
     model, inputs = build("llama")
-    with pytest.raises(SignalError, match="LlamaAttention has a softcap"), capture(model, "attention.1"):
+    with pytest.raises(SignalError, match="LlamaAttention has a softcap"), capture(model, "attention.2"):
         model(**inputs, softcap=5.0)
     assert traces(model) == CLEAN
 
@@ -507,17 +366,6 @@ def test_blocks_inside_one_another():
     for tap in taps:
         assert torch.equal(outer[tap], inner[tap])
     assert output.hidden_states is None
-    assert traces(model) == CLEAN
-
-
-def test_a_model_that_gives_no_hidden_states_says_so():
-    class Silent(BertModel):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **{**kwargs, "output_hidden_states": False})
-
-    model = Silent(BertConfig(**SIZES))
-    with pytest.raises(SignalError, match="Silent gave 0 hidden states"), capture(model, "hidden.1"):
-        model(**TEXT)
     assert traces(model) == CLEAN
 
 
@@ -623,11 +471,11 @@ def check_compiled(student, taps, inputs):
 
 
 def test_compiled_without_a_graph_break_for_module_paths():
-    check_compiled(Net(), ["conv", "shared@1", "input:shared@0", "pair:0", "clone:norm"], {"x": image_batch()})
+    check_compiled(Net(), ["rest.0", "shared@1", "input:shared@0", "clone:norm"], {"x": torch.randn(4, 3)})
 
 
 def test_compiled_without_a_graph_break_an_overwritten_output_is_right():
-    net, x = Net(), image_batch()
+    net, x = Net(), torch.randn(4, 3)
     torch._dynamo.reset()
     _, signals = torch.compile(Distillation(net, ["norm", "shared@1"]), backend="aot_eager", fullgraph=True)(x=x)
     torch.testing.assert_close(signals["norm"], net.norm(signals["shared@1"]))
@@ -644,6 +492,6 @@ def test_compiled_without_a_graph_break_for_transformers(name, kind):
 
 def test_a_wrong_tap_is_told_under_compilation_too():
     torch._dynamo.reset()
-    compiled = torch.compile(Distillation(Net(), ["convolution"]), backend="aot_eager")
-    with pytest.raises(SignalError, match="did you mean 'conv'"):
-        compiled(x=image_batch())
+    compiled = torch.compile(Distillation(Net(), ["shard"]), backend="aot_eager")
+    with pytest.raises(SignalError, match="did you mean 'shared'"):
+        compiled(x=torch.randn(4, 3))

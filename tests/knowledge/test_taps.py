@@ -1,4 +1,4 @@
-"""What a tap can be, and what a person reads when it is none."""
+"""What a tap can be, what a module path reads, and what a person reads when a tap names nothing."""
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from potstill.errors import SignalError
+from potstill.knowledge.capture import capture
 from potstill.knowledge.taps import available, is_token_signal, resolve, resolve_all
 
 SMALL = {
@@ -257,9 +258,182 @@ def test_token_signals_are_known_by_their_name(name, expected):
     assert is_token_signal(name) is expected
 
 
+def test_a_model_that_gives_no_hidden_states_says_so():
+    class Silent(BertModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **{**kwargs, "output_hidden_states": False})
+
+    model = Silent(BertConfig(**SMALL))
+    with pytest.raises(SignalError, match="Silent gave 0 hidden states"), capture(model, "hidden.1"):
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert hooks(model) == []
+
+
 def test_looking_a_tap_up_leaves_no_trace():
     model = bert()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     resolve_all(model, available(model))
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
     assert torch.is_grad_enabled()
+
+
+# --- module paths: what each of their forms reads --------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Gives a tensor and a tuple."""
+
+    def forward(self, x):
+        return 2 * x, (x, x)
+
+
+class Net(nn.Module):
+    """Convolutions, a block that runs twice, a tuple output and an in-place sum."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.act = nn.ReLU()
+        self.shared = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.pair = Pair()
+
+    def forward(self, x):
+        features = self.act(self.conv(x)).mean((2, 3))
+        features = self.shared(self.shared(features))
+        out = self.norm(features)
+        out += features
+        return self.pair(out)[0]
+
+
+def image_batch():
+    torch.manual_seed(1)
+    return torch.randn(4, 1, 5, 5)
+
+
+def hooks(model):
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    return [hook for module in model.modules() for table in tables for hook in getattr(module, table).values()]
+
+
+def test_a_module_path_gives_that_modules_output():
+    net, x = Net(), image_batch()
+    with capture(net, ["conv", "act"]) as signals:
+        net(x)
+    assert torch.equal(signals["conv"], net.conv(x))
+    assert torch.equal(signals["act"], net.conv(x).relu())
+
+
+def test_signals_fill_while_the_block_runs():
+    net, x = Net(), image_batch()
+    with capture(net, "conv") as signals:
+        assert signals == {}
+        net(x)
+        assert list(signals) == ["conv"]
+
+
+def test_a_mapping_names_the_signals():
+    net, x = Net(), image_batch()
+    with capture(net, {"low": "conv", "again": "conv", "high": "norm@0"}) as signals:
+        net.conv(x)
+        net.norm(torch.ones(2, 3))
+    assert set(signals) == {"low", "again", "high"}
+    assert torch.equal(signals["low"], signals["again"])
+
+
+def test_elements_of_tuples_and_dicts():
+    net = Net()
+    with capture(net, ["pair", "pair:0"]) as signals:
+        net.pair(torch.ones(2))
+    assert signals["pair"].tolist() == signals["pair:0"].tolist() == [2, 2]
+
+    model = nn.ModuleDict({"body": BertModel(BertConfig(**SMALL)).eval()})
+    with capture(model, ["body", "body:pooler_output", "body:1"]) as signals:
+        out = model["body"](input_ids=torch.tensor([[3, 4, 5]]))
+    assert torch.equal(signals["body"], out.last_hidden_state)
+    assert torch.equal(signals["body:pooler_output"], out.pooler_output)
+    assert torch.equal(signals["body:1"], out.pooler_output)
+
+
+@pytest.mark.parametrize(
+    ("tap", "message"),
+    [
+        ("pair:1", "gave tuple, not a tensor; say which element: 0, 1"),
+        ("pair:2", "no element '2'; there are: 0, 1"),
+        ("pair:state", "no element 'state'"),
+        ("conv:0", "no element '0'; there are: none"),
+    ],
+)
+def test_an_output_without_such_a_tensor(tap, message):
+    net = Net()
+    with pytest.raises(SignalError, match=message), capture(net, tap):
+        net(image_batch())
+    assert hooks(net) == []
+
+
+def test_a_dict_gives_its_first_tensor():
+    class Labelled(nn.Module):
+        def forward(self, x):
+            return {"name": "x", "value": x + 1, "other": x}
+
+    net = nn.Sequential(Labelled())
+    with capture(net, ["0", "0:other"]) as signals:
+        net(torch.zeros(2))
+    assert signals["0"].tolist() == [1, 1]
+    assert signals["0:other"].tolist() == [0, 0]
+
+
+def test_a_module_that_runs_twice_needs_the_number_of_the_call():
+    net, x = Net(), image_batch()
+    with pytest.raises(SignalError, match=r"'shared' was called more than once .* 'shared@0'"), capture(net, "shared"):
+        net(x)
+    assert hooks(net) == []
+    with capture(net, ["shared@0", "shared@1"]) as signals:
+        net(x)
+    assert torch.equal(signals["shared@1"], net.shared(signals["shared@0"]))
+    with pytest.raises(SignalError, match=r"no forward reached 'shared@2'"), capture(net, ["shared@2", "shared@1"]):
+        net(x)
+
+
+def test_the_first_input_of_a_module():
+    net, x = Net(), image_batch()
+    with capture(net, ["input:act", "conv", "input:shared@1", "shared@0"]) as signals:
+        net(x)
+    assert torch.equal(signals["input:act"], signals["conv"])
+    assert torch.equal(signals["input:shared@1"], signals["shared@0"])
+    with capture(net, "input:conv") as signals:
+        net.conv(input=x)
+    assert signals["input:conv"] is x
+
+
+def test_an_output_that_is_overwritten_in_place_is_never_given_silently():
+    net, x = Net(), image_batch()
+    with pytest.raises(SignalError, match=r"'norm' was overwritten in place .* 'clone:norm'"), capture(net, "norm"):
+        net(x)
+    with capture(net, ["clone:norm", "shared@1"]) as signals:
+        net(x)
+    assert torch.equal(signals["clone:norm"], net.norm(signals["shared@1"]))
+
+
+def test_unknown_paths_raise_before_anything_is_hooked():
+    net = Net()
+    with pytest.raises(SignalError, match="'convolution' names nothing in Net; did you mean 'conv'"):
+        capture(net, ["act", "convolution"]).__enter__()
+    assert hooks(net) == []
+
+
+def test_a_tap_without_a_forward_is_named():
+    net, x = Net(), image_batch()
+    with (
+        pytest.raises(SignalError, match="no forward reached 'pair', 'norm' before"),
+        capture(net, ["pair", "conv", "norm"]),
+    ):
+        net.conv(x)
+    assert hooks(net) == []
+
+
+def test_no_taps_no_signals():
+    with capture(Net(), []) as signals:
+        pass
+    assert signals == {}

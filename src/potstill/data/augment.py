@@ -70,7 +70,12 @@ def check_augmentations(steps: Sequence[Step], kind: str, path: tuple[str | int,
     """
     problems: list[Problem] = []
     for place, step in enumerate(steps):
-        name, options = split_step(step)
+        try:
+            name, options = split_step(step)
+        except DataError as error:
+            if isinstance(step, Mapping):  # anything else is a mistake that the schema reports
+                problems.append(Problem((*path, place), str(error)))
+            continue
         known = [n for n in augmentations.names() if augmentations.facts(n).get("kind") in (kind, "mix")]
         if name not in known:
             hint = did_you_mean(name, known)

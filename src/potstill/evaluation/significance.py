@@ -69,7 +69,7 @@ def paired_gain(
     for _ in range(resamples):
         chosen = rng.integers(0, len(labels), len(labels))
         gains.append(metric(first[chosen], labels[chosen]) - metric(second[chosen], labels[chosen]))
-        swap = rng.random(len(labels)) < 0.5
+        swap = (rng.random(len(labels)) < 0.5).reshape(-1, *(1 for _ in first.shape[1:]))
         left, right = np.where(swap, second, first), np.where(swap, first, second)
         beyond += abs(metric(left, labels) - metric(right, labels)) >= abs(value) - 1e-12
     low, high = _interval(np.asarray(gains))

@@ -248,9 +248,7 @@ def _install_transformers_hooks(identity: int) -> bool:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # early 5.x has no such hooks
         return False
-    for tower in gc.get_objects():
-        if id(tower) == identity:
-            maybe_install_capturing_hooks(tower)
+    maybe_install_capturing_hooks(next(tower for tower in gc.get_objects() if id(tower) == identity))
     return True
 
 
@@ -367,11 +365,10 @@ def _attention(
     """Run fused attention as ``sdpa`` does; in a tapped block, remember what entered it."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    readers = _readers.get(module, ())
-    if readers and options.get("softcap") is not None:
+    if options.get("softcap") is not None:
         raise SignalError(f"the attention of {type(module).__name__} has a softcap, so it cannot be tapped")
     scale, causal = options.get("scaling"), options.get("is_causal")
-    for reader, slot in readers:
+    for reader, slot in _readers.get(module, ()):
         reader.calls.append(
             _Call(
                 slot,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ObjectiveError, did_you_mean
-from potstill.interfaces import IGNORED, Batch, LossOutput, Progress, Signals
-from potstill.losses.ramps import Number, as_number, at
+from potstill.interfaces import IGNORED, Batch, LossOutput, Progress, Signals, detach
+from potstill.losses.ramps import Number, Ramp, as_number, at
 from potstill.registry import losses
 
 Mask = str | Callable[[Batch], Tensor | None] | None
@@ -59,12 +59,16 @@ class Term(nn.Module):
         super().__init__()
         target: Any = losses.get(loss) if isinstance(loss, str) else loss
         self.loss_name = loss if isinstance(loss, str) else losses.name_of(loss)
-        problems = losses.check(loss, _constants(options)) if isinstance(loss, str) else []
-        if problems:
-            raise ObjectiveError("; ".join(str(problem) for problem in problems))
         self.options = {name: as_number(value) for name, value in options.items()}
+        ends = (Progress(), Progress(step=1)) if isinstance(loss, str) else ()
+        found = [problem for end in ends for problem in losses.check(self.loss_name, _constants(self.options, end))]
+        if found:
+            raise ObjectiveError("; ".join(dict.fromkeys(str(problem) for problem in found)))
+        self.factory: Any = None
+        self.made_with: dict[str, Any] = {}
         if inspect.isclass(target):
-            target, self.options = target(**self.options), {}
+            self.factory, self.made_with, self.options = target, self.options, {}
+            target = _made(target, self.made_with, self.loss_name)
         self.loss = target
         call = target.forward if isinstance(target, nn.Module) else target
         self._accepts = frozenset(inspect.signature(call).parameters)
@@ -76,6 +80,8 @@ class Term(nn.Module):
         self.student = _names(student)
         self.teacher = () if self.hard else _names(teacher)
         self.weight = as_number(weight)
+        if not (callable(self.weight) or isinstance(self.weight, int | float)):
+            raise ObjectiveError(f"weight expected a number or a ramp `{{from: …, to: …}}`, got {weight!r}")
         self.mask = mask
         self.project_kind = project if isinstance(project, str) else None
         self.projector = project if isinstance(project, nn.Module) else None
@@ -89,7 +95,14 @@ class Term(nn.Module):
         numbers = {"weight": self.weight, **self.options}
         return {name: float(at(value, progress)) for name, value in numbers.items() if callable(value)}
 
-    def values(self, student: Signals, teacher: Signals, batch: Batch, progress: Progress) -> Tensor:
+    def values(
+        self,
+        student: Signals,
+        teacher: Signals,
+        batch: Batch,
+        progress: Progress,
+        response_mask: Callable[[Batch], Tensor | None] | None = None,
+    ) -> Tensor:
         """Return the unreduced loss, one value per position.
 
         Raises:
@@ -104,7 +117,7 @@ class Term(nn.Module):
         extras = {"labels": batch.get("labels"), "index": batch.get("sample_id"), "progress": progress}
         keywords = {name: value for name, value in extras.items() if name in self._accepts}
         if "mask" in self._accepts:
-            keywords["mask"] = self.mask_of(batch)
+            keywords["mask"] = self.mask_of(batch, response_mask)
         if "labels" in keywords and keywords["labels"] is None:
             raise ObjectiveError(f"{self.loss_name} compares with labels and the batch has none; drop the term")
         value: Tensor = self.loss(*arguments, **keywords, **{k: at(v, progress) for k, v in self.options.items()})
@@ -151,11 +164,11 @@ class Term(nn.Module):
         return f"{weight} · {body}{smoothing}"
 
     def _all_options(self) -> dict[str, Any]:
-        declared = losses.options(self.loss) if not isinstance(self.loss, nn.Module) else {}
-        defaults = {name: option.default for name, option in declared.items() if not option.required}
-        return {
-            k: v for k, v in {**defaults, **self.options}.items() if isinstance(v, int | float | str) or callable(v)
-        }
+        made = self.factory or self.loss
+        declared = losses.options(made) if not isinstance(made, nn.Module) else {}
+        values = {name: option.default for name, option in declared.items() if not option.required}
+        values |= {**self.made_with, **self.options}
+        return {k: v for k, v in values.items() if isinstance(v, int | float | str) or callable(v)}
 
     def _pick(self, signals: Signals, names: Sequence[str], side: str) -> Any:
         for name in names:
@@ -195,7 +208,11 @@ class Objective(nn.Module):
         super().__init__()
         if not terms:
             raise ObjectiveError("an objective needs at least one term")
-        self.terms = nn.ModuleDict({name.replace(".", "_"): term for name, term in terms.items()})
+        self.terms = nn.ModuleDict()
+        for name, term in terms.items():
+            if not name or hasattr(self.terms, name.replace(".", "_")):
+                raise ObjectiveError(f"a term cannot be called '{name}': the name is taken; choose another")
+            self.terms[name.replace(".", "_")] = term
         self.response_mask = response_mask
 
     def forward(
@@ -210,7 +227,7 @@ class Objective(nn.Module):
 
         Args:
             student: the student's signals.
-            teacher: the teacher's signals, detached; empty where every term is hard.
+            teacher: the teacher's signals, which get no gradient; empty where every term is hard.
             batch: masks, labels and sample ids, samples first.
             progress: where the training stands; its start if omitted.
             counts: the number of valid positions for each term in the whole accumulation window over all processes,
@@ -220,6 +237,7 @@ class Objective(nn.Module):
             ObjectiveError: a signal is missing, shapes differ, or a mask does not fit.
         """
         progress = progress or Progress()
+        teacher = detach(teacher)
         counts = counts or clamp_counts(self.counts(batch))
         parts: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
@@ -292,7 +310,7 @@ class Objective(nn.Module):
         )
 
     def _count(self, term: Term, batch: Batch) -> Tensor:
-        mask = term.mask_of(batch, self.response_mask)
+        mask = None if term.per == "batch" else term.mask_of(batch, self.response_mask)
         if mask is None:
             return torch.tensor(float(_batch_size(batch)), dtype=torch.float64)
         return mask.sum().to(torch.float64 if mask.device.type != "mps" else torch.float32)
@@ -300,12 +318,12 @@ class Objective(nn.Module):
     def _summed(
         self, name: str, term: Term, student: Signals, teacher: Signals, batch: Batch, progress: Progress
     ) -> Tensor:
-        values = term.values(student, teacher, batch, progress)
+        values = term.values(student, teacher, batch, progress, self.response_mask)
         if term.per == "batch":
             return values.mean() * _batch_size(batch)
         mask = term.mask_of(batch, self.response_mask)
         if mask is None:
-            self._check_unmasked(name, values, batch)
+            self._check_unmasked(name, term, values, batch)
             return values.flatten(1).mean(1).sum() if values.ndim > 1 else values.sum()
         if values.shape[: mask.ndim] != mask.shape:
             raise ObjectiveError(f"term '{name}': a mask {list(mask.shape)} does not fit values {list(values.shape)}")
@@ -313,9 +331,14 @@ class Objective(nn.Module):
         return averaged.masked_fill(~mask, 0.0).sum()
 
     @staticmethod
-    def _check_unmasked(name: str, values: Tensor, batch: Batch) -> None:
+    def _check_unmasked(name: str, term: Term, values: Tensor, batch: Batch) -> None:
+        if values.shape[:1] != (_batch_size(batch),):
+            raise ObjectiveError(
+                f"term '{name}': expected a value for each of the {_batch_size(batch)} samples, got "
+                f"{list(values.shape)}; a loss is not reduced, or declares per='batch'"
+            )
         tokens = batch.get("attention_mask")
-        if tokens is not None and values.ndim >= 2 and values.shape[:2] == tokens.shape[:2]:
+        if term.mask != "none" and tokens is not None and values.ndim >= 2 and values.shape[:2] == tokens.shape[:2]:
             raise ObjectiveError(
                 f"term '{name}' has one value per token and no mask, so padding would count; "
                 "say `mask: attention_mask`, or `mask: none` to count it"
@@ -336,10 +359,17 @@ def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _constants(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with each ramp replaced by its first value, as the type check wants them."""
-    resolved = {name: as_number(value) for name, value in options.items()}
-    return {name: value(Progress()) if callable(value) else value for name, value in resolved.items()}
+def _constants(options: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Options with each ramp replaced by its value at a point of the training, as the type check wants them."""
+    return {name: at(value, progress) for name, value in options.items()}
+
+
+def _made(factory: Callable[..., Any], options: Mapping[str, Any], name: str) -> Any:
+    """Return the loss that a class makes of its options, which are given once."""
+    for option, value in options.items():
+        if isinstance(value, Ramp):
+            raise ObjectiveError(f"{name} takes '{option}' once, when it is made, so it cannot be a ramp")
+    return factory(**options)
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 from potstill.errors import ObjectiveError, did_you_mean
@@ -25,7 +26,7 @@ class Ramp:
         end: share of the training at which it reaches ``stop``, above ``begin``.
 
     Raises:
-        ObjectiveError: points out of order, or an exponential ramp through 0.
+        ObjectiveError: ends that are no numbers, points out of order, or an exponential ramp through 0.
     """
 
     start: float
@@ -35,6 +36,10 @@ class Ramp:
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        numbers: dict[str, Any] = {"from": self.start, "to": self.stop, "begin": self.begin, "end": self.end}
+        for name, value in numbers.items():
+            if not isinstance(value, Real):
+                raise ObjectiveError(f"a ramp expected a number for '{name}', got {value!r}")
         if not 0 <= self.begin < self.end <= 1:
             raise ObjectiveError(f"a ramp expected 0 ≤ begin < end ≤ 1, got begin {self.begin} and end {self.end}")
         if self.shape == "exponential" and min(self.start, self.stop) <= 0:

@@ -36,12 +36,12 @@ def cross_entropy(
     logits = at_least_fp32(student)
     if labels.is_floating_point() and labels.shape == logits.shape:
         targets = labels.to(logits.dtype).flatten(0, -2)
-    elif labels.shape == logits.shape[:-1]:
+    elif labels.shape == logits.shape[:-1] and not labels.is_floating_point():
         targets = labels.long().flatten()
     else:
         raise ObjectiveError(
-            f"cross_entropy expected labels {list(logits.shape[:-1])} or probabilities {list(logits.shape)}, "
-            f"got labels {list(labels.shape)}"
+            f"cross_entropy expected class ids {list(logits.shape[:-1])} or probabilities {list(logits.shape)}, "
+            f"got labels {list(labels.shape)} of type {labels.dtype}"
         )
     values = F.cross_entropy(
         logits.flatten(0, -2), targets, reduction="none", ignore_index=IGNORED, label_smoothing=label_smoothing

@@ -23,6 +23,7 @@ class Frozen(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.training = False
         object.__setattr__(self, "model", model.eval())  # past nn.Module, which would register it
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

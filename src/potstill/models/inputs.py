@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,13 +17,16 @@ TEACHER_PREFIX = "teacher/"
 MAIN_INPUTS = ("pixel_values", "features", "input_values", "input_features", "input_ids")
 """Names of a task's main input, passed by position to a plain module whose forward names none of them."""
 
+_ACCEPTED: dict[type[nn.Module], frozenset[str] | None] = {}
 _BESIDE = frozenset({"labels", "sample_id"})
 
 
 def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     """Return the names that the model's forward accepts, or ``None`` if it takes any keyword only as ``**kwargs``."""
-    model_class: Any = type(_base(model))
-    return _accepted(model_class)
+    model_class = type(_base(model))
+    if model_class not in _ACCEPTED:
+        _ACCEPTED[model_class] = _accepted(model_class)
+    return _ACCEPTED[model_class]
 
 
 def call(model: nn.Module, batch: Mapping[str, Tensor], *, labels: bool = False) -> Any:
@@ -89,8 +91,7 @@ def _base(model: nn.Module) -> nn.Module:
     return found if isinstance(found, nn.Module) else model
 
 
-@lru_cache(maxsize=256)
-def _accepted(model_class: Any) -> frozenset[str] | None:
+def _accepted(model_class: type[nn.Module]) -> frozenset[str] | None:
     parameters = inspect.signature(model_class.forward).parameters
     names = frozenset(
         name for name, p in parameters.items() if name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)

@@ -57,7 +57,7 @@ class Blueprint:
         if problems:
             raise ModelError("; ".join(str(problem) for problem in problems))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
             model = factory(**kwargs)
         if not isinstance(model, nn.Module):
             raise ModelError(f"expected '{self.model}' to return an nn.Module, got {type(model).__name__}")
@@ -129,12 +129,16 @@ def load_model(folder: Path, *, allow_code: bool = True) -> tuple[nn.Module, dic
     """Return the model in a folder and its card.
 
     Raises:
-        ModelError: the folder holds no card, or weights that do not fit.
+        ModelError: the folder holds no card or a damaged one, or weights that do not fit.
     """
     path = Path(folder) / CARD
     if not path.is_file():
         raise ModelError(f"expected a folder with {CARD}, and {folder} has none")
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    model = Blueprint(card["model"], card["kwargs"]).build({}, seed=0, allow_code=allow_code)
+    try:
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        blueprint = Blueprint(str(card["model"]), dict(card["kwargs"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: expected `model` and `kwargs` in it ({error!r})") from error
+    model = blueprint.build({}, seed=0, allow_code=allow_code)
     load_modules(model, Path(folder) / "model.safetensors")
     return model, card

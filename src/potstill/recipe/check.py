@@ -12,14 +12,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch.nn import ModuleDict
+
 from potstill.data.augment import check_augmentations, split_step
-from potstill.errors import DataError, ObjectiveError, Problem, did_you_mean
+from potstill.errors import ComponentError, DataError, ObjectiveError, Problem, did_you_mean
 from potstill.losses.ramps import as_number, is_ramp
 from potstill.models.load import Blueprint
 from potstill.recipe.schema import SchemeSpec, TaskSpec, TermSpec, TrainSpec
-from potstill.registry import Registry, callbacks, losses, schemes, sources, tasks
+from potstill.registry import Registry, callbacks, check_options, losses, schemes, sources, tasks
 
 Path_ = tuple[str | int, ...]
+
+_CONTEXT = frozenset({"path", "name", "revision", "base", "splits", "seed"})
+"""What a data source is given beside its ``kwargs``."""
 
 MANAGED = {
     "num_train_epochs": "epochs",
@@ -68,7 +73,8 @@ def check_train(train: Mapping[str, Any], path: Path_, *, allow_code: bool) -> l
         try:
             name, options = split_step(component)
         except DataError:
-            problems.append(Problem(where, "expected a callback as a name or as `name: {option: value}`"))
+            if isinstance(component, Mapping):  # anything else is a mistake that the schema reports
+                problems.append(Problem(where, "expected a callback as a name or as `name: {option: value}`"))
         else:
             problems += callbacks.check(name, options, path=(*where, name), allow_code=allow_code)
     return problems
@@ -78,13 +84,23 @@ def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
     problems = _named(tree.get("task"), tasks, ("task",), TaskSpec, allow_code)
     data = _section(tree, "data")
     source = data.get("source")
-    if isinstance(source, str) and source not in sources.names():
-        problems += sources.check(source, _section(data, "kwargs"), path=("data", "source"), allow_code=allow_code)
+    if isinstance(source, str):
+        problems += _source(source, data, allow_code)
     name = _section(tree, "task").get("name")
     kind = tasks.facts(name).get("input") if isinstance(name, str) else None
     if kind:
         problems += check_augmentations(_list(data.get("augment")), kind, ("data", "augment"))
     return problems
+
+
+def _source(source: str, data: Mapping[str, Any], allow_code: bool) -> list[Problem]:
+    try:
+        function = sources.get(source, allow_code=allow_code)
+    except ComponentError as error:
+        return [Problem(("data", "source"), str(error))]
+    given = _CONTEXT if source in sources.names() else {key for key in _CONTEXT if data.get(key) is not None}
+    label = f"data source '{source}'"
+    return check_options(function, _section(data, "kwargs"), label=label, path=("data", "kwargs"), reserved=given)
 
 
 def _models(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
@@ -118,10 +134,12 @@ def _teachers(tree: Mapping[str, Any]) -> list[Problem]:
             return [Problem(path, "this term compares with a teacher and the recipe has none", "add `teacher:`")]
         wanted = spec.get("teacher", "logits")
         for signal in [wanted] if isinstance(wanted, str) else _list(wanted):
-            owner = str(signal).split("/")[0]
-            if names and owner not in names:
+            owner, _, own = str(signal).partition("/")
+            if len(names) > 1 and owner not in names:
                 hint = did_you_mean(owner, names)
                 problems.append(Problem((*path, "teacher"), f"expected TEACHER/SIGNAL, got '{signal}'", hint))
+            elif len(names) < 2 and own and owner in (names or ["teacher"]):
+                problems.append(Problem((*path, "teacher"), f"there is one teacher, got '{signal}'", f"say '{own}'"))
     return problems
 
 
@@ -131,6 +149,8 @@ def _objective(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
     if isinstance(objective, Mapping) and not objective:
         return [Problem(("objective",), "expected at least one term, got none")]
     for name, spec in _section(tree, "objective").items():
+        if hasattr(ModuleDict, str(name)):
+            problems.append(Problem(("objective", name), f"a term cannot be called '{name}'", "choose another name"))
         if isinstance(spec, Mapping) and isinstance(spec.get("loss"), str):
             problems += _term(spec, ("objective", name), allow_code)
     return problems
@@ -138,7 +158,7 @@ def _objective(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
 
 def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Problem]:
     problems: list[Problem] = []
-    values: dict[str, Any] = {}
+    ends: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for key, value in spec.items():
         try:
             ramp = as_number(value)
@@ -146,11 +166,14 @@ def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Proble
             problems.append(Problem((*path, key), str(error)))
             continue
         if key not in TermSpec.model_fields:
-            values[key] = ramp.start if is_ramp(value) else value
+            ends[0][key], ends[1][key] = (ramp.start, ramp.stop) if is_ramp(value) else (value, value)
+        elif key == "weight" and isinstance(value, Mapping) and not is_ramp(value):
+            message = f"expected a number or a ramp `{{from: …, to: …}}`, got {dict(value)}"
+            problems.append(Problem((*path, key), message))
     if spec["loss"] not in losses.names() and ":" not in spec["loss"]:
         hint = did_you_mean(spec["loss"], losses.names())
         return [*problems, Problem((*path, "loss"), f"there is no loss '{spec['loss']}'", hint)]
-    found = losses.check(spec["loss"], values, path=path, allow_code=allow_code)
+    found = dict.fromkeys(p for end in ends for p in losses.check(spec["loss"], end, path=path, allow_code=allow_code))
     return problems + [_with_fields(p, TermSpec) for p in found]
 
 

@@ -61,7 +61,7 @@ def recipe_from(tree: Mapping[str, Any], *, allow_code: bool = True) -> Recipe:
 def _validated(document: Document, allow_code: bool) -> Recipe:
     problems = list(document.problems)
     recipe = None
-    if document.tree:
+    if document.tree or not problems:
         try:
             recipe = Recipe.model_validate(document.tree)
         except ValidationError as error:

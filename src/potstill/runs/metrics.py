@@ -22,9 +22,9 @@ class _Strict(BaseModel):
 
 
 class Estimate(_Strict):
-    """A figure with its 95 % interval; an end that is unknown is NaN, written as null."""
+    """A figure with its 95 % interval; what is unknown is NaN, written as null."""
 
-    value: float
+    value: Figure
     low: Figure = math.nan
     high: Figure = math.nan
 

@@ -102,9 +102,9 @@ class Classification:
 
     def base_columns(self, table: Dataset) -> dict[str, Tensor]:
         """Return ``sample_id`` and, where there are any, ``labels`` (−100 for unlabelled rows)."""
-        columns = {"sample_id": torch.as_tensor(np.asarray(table["sample_id"]), dtype=torch.int64)}
+        columns = {"sample_id": torch.as_tensor(np.asarray(table["sample_id"][:]), dtype=torch.int64)}
         if self.label in table.column_names:
-            ids = np.asarray([-1 if value is None else value for value in table[self.label]])
+            ids = np.asarray([-1 if value is None else value for value in table[self.label][:]])
             columns["labels"] = torch.as_tensor(np.where(ids < 0, IGNORED, ids), dtype=torch.int64)
         return columns
 

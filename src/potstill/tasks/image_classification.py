@@ -126,8 +126,8 @@ class ImageClassification(Classification):
         """Return raw pixels ``[N, C, H, W]``: bytes for pictures, float32 for arrays."""
         rows = table.select(indices)
         if isinstance(table.features[self.image], Image):
-            return self._stack([self._decode(picture) for picture in rows[self.image]])
-        arrays = np.asarray(rows.with_format("numpy")[self.image])
+            return self._stack([self._decode(picture) for picture in rows[self.image][:]])
+        arrays = np.asarray(rows.with_format("numpy")[self.image][:])
         if arrays.dtype == object or arrays.ndim not in (3, 4):
             raise TaskError(f"expected '{self.image}' to hold images of one size, got arrays of {arrays.ndim - 1} axes")
         return self._resized(torch.as_tensor(_channels_first(arrays)))

@@ -102,11 +102,12 @@ def _encode(table: Dataset, name: str, about: Mapping[str, Any]) -> NDArray[np.f
         values = (_numbers(table, name) - about["mean"]) / about["std"]
         return np.asarray(np.nan_to_num(values)[:, None], dtype=np.float32)
     feature = table.features[name]
-    values = [feature.int2str(v) for v in table[name]] if isinstance(feature, ClassLabel) else map(str, table[name])
+    stored = table[name][:]
+    values = [feature.int2str(v) for v in stored] if isinstance(feature, ClassLabel) else map(str, stored)
     place = {category: i for i, category in enumerate(about["categories"])}
     found = np.array([place.get(value, -1) for value in values])
     return np.asarray(found[:, None] == np.arange(len(place))[None, :], dtype=np.float32)
 
 
 def _numbers(table: Dataset, name: str) -> NDArray[np.float64]:
-    return np.array([np.nan if value is None else value for value in table[name]], dtype=np.float64)
+    return np.array([np.nan if value is None else value for value in table[name][:]], dtype=np.float64)

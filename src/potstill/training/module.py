@@ -66,6 +66,7 @@ class DistillationModule(nn.Module):
         self.responses = responses
         self.taps = [name for name in self.objective.taps("student") if name not in responses]
         self._respond = forward or respond
+        accepted_inputs(student)  # looked up once, before a compiler traces the forward
 
     def __getattr__(self, name: str) -> Any:
         try:
