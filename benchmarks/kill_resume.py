@@ -26,9 +26,14 @@ from safetensors.torch import load_file
 
 COMMAND = [
     *(sys.executable, "-m", "potstill", "distill", "digits", "--quiet"),
-    *("data.augment=[{shift: {pixels: 1}}]", "student.kwargs.dropout=0.2", "train.save_steps=0.05", "train.eval_steps=0.05"),
+    *(
+        "data.augment=[{shift: {pixels: 1}}]",
+        "student.kwargs.dropout=0.2",
+        "train.save_steps=0.05",
+        "train.eval_steps=0.05",
+    ),
     *("train.epochs=20", "teacher.train.epochs=10", "teacher.train.save_steps=0.05"),
-    'train.callbacks=[{early_stopping: {patience: 50}}]',
+    "train.callbacks=[{early_stopping: {patience: 50}}]",
 ]
 
 

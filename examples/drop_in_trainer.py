@@ -47,8 +47,7 @@ from transformers import (
     set_seed,
 )
 
-from potstill.losses.objective import Term
-from potstill.training.trainer import DistillationTrainer
+from potstill import DistillationTrainer, Term
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -200,7 +199,7 @@ def main() -> None:
     batch = DataCollatorWithPadding(tokenizer)(list(splits["test"]))
     with torch.no_grad():
         again = reloaded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.numpy()
-    print(f"same predictions after reload: {'yes' if np.allclose(again, answers, atol=1e-5) else 'no'}")
+    print(f"same predictions after reload: {'yes' if np.allclose(again, answers, atol=1e-4) else 'no'}")
 
     student.load_state_dict(untrained)
     calm = CalmTrainer(model=student, teacher=teacher, args=arguments(output / "calm", **changes), **data)

@@ -4,8 +4,8 @@
 
 The loss is Huber's, on logits: quadratic for small differences between teacher and student, linear for large ones.
 A small network learns 400 real handwritten digits with it, once under its registered name and once under its dotted
-path, which needs no registration. On the command line the same is ``PYTHONPATH=. potstill distill my.yaml
---allow-code`` with ``loss: examples.new_loss:huber`` in the recipe, from the folder that holds ``examples``.
+path, which needs no registration. On the command line that is ``python -m potstill distill my.yaml --allow-code``,
+with ``loss: examples.new_loss:huber`` in the recipe, in the folder that holds ``examples``.
 
 Promises: "huber teaches: yes", "registered name and dotted path give the same student: yes"
 """
@@ -22,11 +22,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from potstill import Run
 from potstill.evaluation.predict import Predictions
 from potstill.recipe.load import recipe_from
 from potstill.registry import losses
 from potstill.runs.metrics import RunMetrics
-from potstill.runs.steps import Run
 
 
 @losses.register(

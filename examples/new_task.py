@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
+from potstill import Run
 from potstill.data.batching import InMemory
 from potstill.evaluation.predict import predict
 from potstill.interfaces import IGNORED, Batch
 from potstill.models.load import load_model
 from potstill.recipe.load import recipe_from
 from potstill.registry import losses, tasks
-from potstill.runs.steps import Run
 from potstill.tasks.tabular_classification import TabularClassification
 
 GRADES = ["low", "moderate", "high", "very high"]

@@ -22,12 +22,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from potstill import DistillationModule, Objective, Ramp, Term, capture
 from potstill.interfaces import Progress, Signals
-from potstill.knowledge.capture import capture
 from potstill.losses import distillation_loss
-from potstill.losses.objective import Objective, Term
-from potstill.losses.ramps import Ramp
-from potstill.training.module import DistillationModule
 
 EPOCHS, BATCH_SIZE = 30, 64
 TEACHER, STUDENT = 64, 16  # channels

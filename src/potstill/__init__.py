@@ -1,3 +1,44 @@
-"""potstill: knowledge distillation for PyTorch."""
+"""potstill: knowledge distillation for PyTorch.
+
+The public names are imported when first used, so that ``import potstill`` and the command line start at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from potstill._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from potstill.knowledge.capture import capture as capture
+    from potstill.losses.objective import Objective as Objective
+    from potstill.losses.objective import Term as Term
+    from potstill.losses.ramps import Ramp as Ramp
+    from potstill.recipe.load import load_recipe as load_recipe
+    from potstill.recipe.schema import Recipe as Recipe
+    from potstill.runs.steps import Run as Run
+    from potstill.teachers.live import Live as Live
+    from potstill.training.module import DistillationModule as DistillationModule
+    from potstill.training.trainer import DistillationTrainer as DistillationTrainer
+
+_PUBLIC = {
+    "DistillationModule": "potstill.training.module",
+    "DistillationTrainer": "potstill.training.trainer",
+    "Live": "potstill.teachers.live",
+    "Objective": "potstill.losses.objective",
+    "Ramp": "potstill.losses.ramps",
+    "Recipe": "potstill.recipe.schema",
+    "Run": "potstill.runs.steps",
+    "Term": "potstill.losses.objective",
+    "capture": "potstill.knowledge.capture",
+    "load_recipe": "potstill.recipe.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'potstill' has no attribute '{name}'")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_PUBLIC, "__version__"])

@@ -94,7 +94,13 @@ def one_step(folder: Path, size: int, accumulation: int, **changes: Any) -> torc
     """The gradient of one optimizer step over the whole table, read from a step of plain SGD."""
     objective = terms()
     before = torch.cat([flat(student()), flat(objective)])
-    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    settings = {
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+    }
     trainer = trained(
         folder,
         objective,
@@ -349,7 +355,8 @@ class TestLine7Augmentation:
         trainer.teacher = listen
         trainer.train()
         assert sorted(set(seen)) == [0, 1, 2]
-        assert len(ids) == 12 * 8 - 0 and set(ids) <= set(range(100, 140))
+        assert len(ids) == 12 * 8 - 0
+        assert set(ids) <= set(range(100, 140))
 
 
 class TestLine8Refusals:
@@ -401,7 +408,8 @@ class TestLine9Capture:
         """Inference tensors cannot be saved for backward; `no_grad` ones can."""
         signals = Live(teacher(), ["hidden.1"])({"input_ids": torch.ones(2, 4, dtype=torch.long)})
         for value in signals.values():
-            assert not value.requires_grad and not value.is_inference()
+            assert not value.requires_grad
+            assert not value.is_inference()
         weight = torch.ones(48, requires_grad=True)
         (signals["hidden.1"] * weight).sum().backward()
         assert weight.grad is not None
@@ -475,7 +483,8 @@ class TestLine12Arms:
         Run(recipe_from(TREE), tmp_path, bars=False).execute()
         _, baseline, distilled = starts
         assert torch.equal(baseline, distilled)
-        assert budgets[1] == budgets[2] and len(budgets[1][1]) > 100
+        assert budgets[1] == budgets[2]
+        assert len(budgets[1][1]) > 100
 
 
 class TestLine13Recipes:
@@ -499,7 +508,8 @@ class TestLine13Recipes:
         lines = str(caught.value).splitlines()
         assert len(lines) == 3
         assert "child.yaml:2: train.epochs" in lines[0]
-        assert "child.yaml:4: objective.soft.temperture" in lines[1] and "did you mean 'temperature'?" in lines[1]
+        assert "child.yaml:4: objective.soft.temperture" in lines[1]
+        assert "did you mean 'temperature'?" in lines[1]
         assert "command line:1: train.batch_size" in lines[2]
 
     def test_duplicate_keys_are_mistakes(self, tmp_path: Path) -> None:

@@ -21,26 +21,18 @@ from potstill.losses.objective import Objective, Term
 from potstill.registry import losses
 
 NAMES = losses.names()
-SHAPES = [(6, 5), (4, 3, 5)]
-CASES = [
-    pytest.param(name, tuple(shape), id=f"{name}-{'x'.join(map(str, shape))}")
-    for name in NAMES
-    for shape in ([losses.facts(name)["example_shape"]] if "example_shape" in losses.facts(name) else SHAPES)
-    if losses.facts(name).get("per", "position") == "position"
-    or len(shape) == 2
-    or "example_shape" in losses.facts(name)
-]
-SOFT_CASES = [
-    case
-    for case in CASES
-    if "teacher"
-    in inspect.signature(getattr(losses.get(case.values[0]), "forward", losses.get(case.values[0]))).parameters
-]
+SHAPES = ((6, 5), (4, 3, 5))
 DIVERGENCES = [name for name in NAMES if losses.get(name).__module__ == "potstill.losses.divergence"]
 
 
 def per(name: str) -> str:
     return str(losses.facts(name).get("per", "position"))
+
+
+def shapes(name: str) -> tuple[tuple[int, ...], ...]:
+    if "example_shape" in losses.facts(name):
+        return (tuple(losses.facts(name)["example_shape"]),)
+    return SHAPES if per(name) == "position" else SHAPES[:1]
 
 
 def made(name: str) -> Any:
@@ -50,7 +42,18 @@ def made(name: str) -> Any:
 
 
 def accepts(loss: Any) -> set[str]:
-    return set(inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters)
+    return set(inspect.signature(getattr(loss, "forward", loss)).parameters)
+
+
+def cases(names: list[str]) -> list[Any]:
+    return [
+        pytest.param(name, shape, id=f"{name}-{'x'.join(map(str, shape))}") for name in names for shape in shapes(name)
+    ]
+
+
+CASES = cases(NAMES)
+SOFT_CASES = cases([name for name in NAMES if "teacher" in accepts(losses.get(name))])
+ZERO_CASES = cases([name for name in NAMES if losses.facts(name).get("zero_at_equality")])
 
 
 class Inputs:
@@ -194,9 +197,7 @@ def test_it_computes_in_fp32_under_autocast(name, shape):
     torch.testing.assert_close(value.double(), wide.into(made(name)), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [case for case in SOFT_CASES if losses.facts(case.values[0]).get("zero_at_equality")]
-)
+@pytest.mark.parametrize(("name", "shape"), ZERO_CASES)
 def test_it_is_zero_where_both_agree_and_above_it_where_not(name, shape):
     inputs, loss = Inputs(name, shape), made(name)
     assert (inputs.into(loss) > 1e-4).all()

@@ -55,7 +55,7 @@ def test_distillation_loss_is_the_recipe(labels, alpha, temperature):
 
 
 def test_alpha_weighs_the_soft_loss():
-    """Other tools call the weight of the hard loss alpha; with the two swapped a 0.9 would all but ignore the teacher."""
+    """Other tools call the weight of the hard loss alpha; swapped, a 0.9 would all but ignore the teacher."""
     student, teacher, labels = randn(4, 3, seed=3), randn(4, 3, seed=4), torch.tensor([0, 1, 2, 0])
     hard = nn.functional.cross_entropy(student, labels)
     torch.testing.assert_close(distillation_loss(student, teacher, labels, alpha=0.0), hard)

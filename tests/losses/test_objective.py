@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -209,7 +210,7 @@ def test_splitting_a_batch_with_window_counts_changes_no_gradient(sizes):
 
     whole = torch.autograd.grad(piece(0, 12, None), leaves)
     edges = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    spans = list(zip(edges, edges[1:], strict=False))
+    spans = list(itertools.pairwise(edges))
     each = [objective.counts({name: v[a:b] for name, v in batch.items()}) for a, b in spans]
     window = {name: sum(counts[name] for counts in each) for name in each[0]}
     total = sum(piece(a, b, window) for a, b in spans)

@@ -11,6 +11,7 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from tqdm import tqdm
 
 from potstill.data.batching import batches
 from potstill.interfaces import BatchDataset, Task
@@ -48,7 +49,13 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, task: Task, dataset: BatchDataset, *, batch_size: int = 256, device: torch.device | str = "cpu"
+    model: nn.Module,
+    task: Task,
+    dataset: BatchDataset,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    bar: str | None = None,
 ) -> Predictions:
     """Return a model's logits on every sample of a data set, in order, in eval mode.
 
@@ -58,17 +65,21 @@ def predict(
         dataset: without random views.
         batch_size: samples at a time.
         device: where to compute.
+        bar: label of a progress bar; none if omitted.
     """
-    was_training = model.training
-    model.eval().to(device)
+    was_training, home = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
     logits, labels, ids = [], [], []
-    for batch in batches(dataset, batch_size):
-        placed = {name: value.to(device) for name, value in batch.items()}
-        logits.append(task.forward(model, placed)["logits"].float().cpu())
-        ids.append(batch["sample_id"])
-        if "labels" in batch:
-            labels.append(batch["labels"])
-    model.train(was_training).to("cpu")
+    try:
+        model.eval().to(device)
+        steps = -(-len(dataset) // batch_size)
+        for batch in tqdm(batches(dataset, batch_size), desc=bar, total=steps, disable=bar is None, leave=False):
+            placed = {name: value.to(device) for name, value in batch.items()}
+            logits.append(task.forward(model, placed)["logits"].float().cpu())
+            ids.append(batch["sample_id"])
+            if "labels" in batch:
+                labels.append(batch["labels"])
+    finally:
+        model.train(was_training).to(home)
     return Predictions(
         torch.cat(logits).numpy(),
         torch.cat(labels).numpy() if labels else None,

@@ -40,6 +40,19 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, allow_c
         RecipeError: lists every mistake with file, line, key path and the nearest right thing.
     """
     path = find_recipe(str(reference))
+    return _rooted(_read(reference, path, overrides, allow_code), None if path is None else path.parent)
+
+
+def recipe_from(tree: Mapping[str, Any], *, allow_code: bool = True) -> Recipe:
+    """Return the recipe that a dictionary describes.
+
+    Raises:
+        RecipeError: lists every mistake with its key path.
+    """
+    return _rooted(_validated(Document(tree=dict(tree), places={}, problems=[]), allow_code), None)
+
+
+def _read(reference: str | Path, path: Path | None, overrides: Sequence[str], allow_code: bool) -> Recipe:
     if path is None:
         looks_like_name = "/" not in str(reference) and not str(reference).endswith((".yaml", ".yml"))
         hint = did_you_mean(str(reference), packaged_recipes()) if looks_like_name else None
@@ -49,13 +62,29 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, allow_c
     return _validated(read_document(path, overrides, find=packaged_recipes().get), allow_code)
 
 
-def recipe_from(tree: Mapping[str, Any], *, allow_code: bool = True) -> Recipe:
-    """Return the recipe that a dictionary describes.
+def _rooted(recipe: Recipe, folder: Path | None) -> Recipe:
+    """Return the recipe with absolute paths of what lies beside it or in the working directory."""
 
-    Raises:
-        RecipeError: lists every mistake with its key path.
-    """
-    return _validated(Document(tree=dict(tree), places={}, problems=[]), allow_code)
+    def root(text: str | None) -> str | None:
+        path = Path(text).expanduser() if text else None
+        if path is None or path.is_absolute():
+            return text
+        for base in (folder, Path.cwd()):
+            if base is not None and (base / path).exists():
+                return str((base / path).resolve())
+        return text
+
+    def model(spec: Any) -> Any:
+        return spec.model_copy(update={"model": root(spec.model), "weights": root(spec.weights)})
+
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"path": root(recipe.data.path)}),
+            "student": model(recipe.student),
+            "teacher": None if recipe.teacher is None else model(recipe.teacher),
+            "teachers": {name: model(spec) for name, spec in recipe.teachers.items()},
+        }
+    )
 
 
 def _validated(document: Document, allow_code: bool) -> Recipe:

@@ -6,9 +6,13 @@ The options of a component (a loss, task, model, optimizer, …) are checked aga
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from potstill.runs.steps import Run
 
 Positive = Annotated[int, Field(gt=0)]
 Above0 = Annotated[float, Field(gt=0)]
@@ -147,6 +151,12 @@ class Recipe(Section):
     def all_teachers(self) -> dict[str, TeacherSpec]:
         """Every teacher by name; the one under ``teacher:`` is called ``teacher``."""
         return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
+
+    def build(self, output: Path | str | None = None, **options: Any) -> Run:
+        """Return the run of this recipe; see :class:`potstill.runs.steps.Run` for the options."""
+        from potstill.runs.steps import Run
+
+        return Run(self, output, **options)
 
 
 Kind = Literal[

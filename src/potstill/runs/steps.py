@@ -239,7 +239,8 @@ class Run:
         found = {}
         for name, model in models.items():
             logger.info("%s: answering %d samples", name, len(dataset))
-            found[name] = predict(model, self.task, dataset, batch_size=self.recipe.evaluate.batch_size)
+            size = self.recipe.evaluate.batch_size
+            found[name] = predict(model, self.task, dataset, batch_size=size, bar=name if self.bars else None)
         return found
 
     def _estimates(self, predictions: Predictions) -> dict[str, Estimate]:

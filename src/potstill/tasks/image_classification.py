@@ -72,6 +72,9 @@ class ImageClassification(Classification):
         scaled = _scaled(sample)
         self.mean = self.mean or scaled.mean((0, 2, 3)).tolist()
         self.std = self.std or scaled.std((0, 2, 3)).clamp_min(1e-6).tolist()
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise TaskError(f"expected {self.channels} numbers for {name}, one a channel, got {values}")
 
     def dataset(self, table: Dataset, *, training: bool, seed: int) -> InMemory:
         """Return batches with ``pixel_values`` float32 ``[B, C, H, W]``."""
@@ -83,6 +86,7 @@ class ImageClassification(Classification):
             num_classes=len(self.label_names),
             finish=self.normaliser(),
         )
+        self.require_column(table, self.image)
         columns = self.base_columns(table)
         height, width = self.size or (0, 0)
         if len(table) * self.channels * height * width > MEMORY_LIMIT:
@@ -125,17 +129,25 @@ class ImageClassification(Classification):
     def _read(self, table: Dataset, indices: list[int]) -> Tensor:
         """Return raw pixels ``[N, C, H, W]``: bytes for pictures, float32 for arrays."""
         rows = table.select(indices)
-        if isinstance(table.features[self.image], Image):
-            return self._stack([self._decode(picture) for picture in rows[self.image][:]])
+        feature = table.features[self.image]
+        if isinstance(feature, Image):
+            pictures = rows[self.image][:]
+            grey = all(getattr(picture, "mode", None) in ("1", "L") for picture in pictures)
+            return self._stack([self._decode(picture, self.channels or (1 if grey else 3)) for picture in pictures])
         arrays = np.asarray(rows.with_format("numpy")[self.image][:])
         if arrays.dtype == object or arrays.ndim not in (3, 4):
             raise TaskError(f"expected '{self.image}' to hold images of one size, got arrays of {arrays.ndim - 1} axes")
+        if _dtype(feature) == "uint8":
+            arrays = arrays.astype(np.uint8)  # `datasets` widens bytes to int64
         return self._resized(torch.as_tensor(_channels_first(arrays)))
 
-    def _decode(self, picture: Any) -> Tensor:
-        wanted = {1: "L", 3: "RGB", 0: "L" if picture.mode in ("1", "L", "I;16") else "RGB"}[self.channels]
-        array = np.array(picture.convert(wanted))
-        return self._resized(torch.as_tensor(_channels_first(array[None])))[0]
+    def _decode(self, picture: Any, channels: int) -> Tensor:
+        if picture is None or picture.mode[0] in "IF":
+            got = "no picture" if picture is None else f"mode {picture.mode}, which would be cut off at 255"
+            raise TaskError(f"expected '{self.image}' to hold pictures of 8 bits a channel, got {got}")
+        array = np.array(picture.convert("L" if channels == 1 else "RGB"))
+        pixels = torch.as_tensor(array).reshape(*array.shape[:2], -1).permute(2, 0, 1)
+        return self._resized(pixels[None])[0]
 
     def _resized(self, images: Tensor) -> Tensor:
         if self.size is None or tuple(images.shape[-2:]) == self.size:
@@ -158,4 +170,14 @@ def _channels_first(arrays: NDArray[Any]) -> NDArray[Any]:
     """``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]`` to ``[N, C, H, W]``."""
     if arrays.ndim == 3:
         return arrays[:, None]
-    return arrays if arrays.shape[1] in (1, 3) and arrays.shape[-1] not in (1, 3) else arrays.transpose(0, 3, 1, 2)
+    first, last = arrays.shape[1], arrays.shape[-1]
+    if last not in (1, 3) and (first in (1, 3) or first < last):
+        return arrays
+    return arrays.transpose(0, 3, 1, 2)
+
+
+def _dtype(feature: Any) -> str:
+    """Return the type of the numbers in an array feature or in nested lists."""
+    while not hasattr(feature, "dtype") and hasattr(feature, "feature"):
+        feature = feature.feature
+    return str(getattr(feature, "dtype", ""))

@@ -23,7 +23,8 @@ from potstill.tasks.classification import Classification
 class TabularClassification(Classification):
     """One class for a row of a table.
 
-    Numbers are standardised by mean and standard deviation of the training split (missing ones become the mean);
+    Numbers are standardised by mean and standard deviation of the training split (missing and infinite ones become
+    the mean);
     categories become one-hot columns, with all zeros for a value that the training split has not.
 
     Args:
@@ -45,16 +46,20 @@ class TabularClassification(Classification):
         """Learn classes, and for each column its mean and standard deviation or its categories.
 
         Raises:
-            TaskError: a column is missing or holds neither numbers nor categories.
+            TaskError: a column is missing, is the label, or holds neither numbers nor categories.
         """
         super().fit(train)
         names = self.features or [name for name in train.column_names if name not in (self.label, "sample_id")]
+        if not names or self.label in names:
+            raise TaskError(f"expected feature columns beside the label '{self.label}', got {names}")
         for name in names:
             self.require_column(train, name)
         self.columns = {name: _describe(name, train) for name in names}
 
     def dataset(self, table: Dataset, *, training: bool, seed: int) -> InMemory:
         """Return batches with ``features`` float32 ``[B, F]``."""
+        for name in self.columns:
+            self.require_column(table, name)
         encoded = [_encode(table, name, about) for name, about in self.columns.items()]
         features = torch.as_tensor(np.concatenate(encoded, axis=1), dtype=torch.float32)
         steps = self.augment if training else ()
@@ -103,11 +108,13 @@ def _encode(table: Dataset, name: str, about: Mapping[str, Any]) -> NDArray[np.f
         return np.asarray(np.nan_to_num(values)[:, None], dtype=np.float32)
     feature = table.features[name]
     stored = table[name][:]
-    values = [feature.int2str(v) for v in stored] if isinstance(feature, ClassLabel) else map(str, stored)
+    if isinstance(feature, ClassLabel):
+        stored = [None if value is None or value < 0 else feature.names[value] for value in stored]
     place = {category: i for i, category in enumerate(about["categories"])}
-    found = np.array([place.get(value, -1) for value in values])
+    found = np.array([-1 if value is None else place.get(str(value), -1) for value in stored])
     return np.asarray(found[:, None] == np.arange(len(place))[None, :], dtype=np.float32)
 
 
 def _numbers(table: Dataset, name: str) -> NDArray[np.float64]:
-    return np.array([np.nan if value is None else value for value in table[name][:]], dtype=np.float64)
+    values = np.array([np.nan if value is None else value for value in table[name][:]], dtype=np.float64)
+    return np.where(np.isfinite(values), values, np.nan)

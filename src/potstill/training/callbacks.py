@@ -17,6 +17,7 @@ from torch import nn
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 
 from potstill.data.batching import batches
+from potstill.errors import TrainingError
 from potstill.registry import callbacks
 
 logger = logging.getLogger("potstill")
@@ -45,6 +46,16 @@ class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]  # transformer
         super().__init__(early_stopping_patience=patience, early_stopping_threshold=threshold)
         self.metric = metric
         self.training_arguments = _best(metric, greater_is_better)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that there is something to stop by.
+
+        Raises:
+            TrainingError: there is no validation split with labels, so nothing is ever evaluated.
+        """
+        if args.eval_strategy == "no":
+            raise TrainingError("early_stopping needs a validation split with labels, and there is none")
+        super().on_train_begin(args, state, control, **kwargs)
 
     def state(self) -> dict[str, Any]:
         """Return what a resume needs."""

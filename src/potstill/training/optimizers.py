@@ -9,13 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from potstill.errors import ComponentError, Problem, did_you_mean
 from potstill.registry import check_options, import_dotted
 
-_RESERVED = frozenset({"params", "optimizer", "lr"})
+_RESERVED = frozenset({"params", "optimizer", "lr", "weight_decay"})  # what train.learning_rate and weight_decay say
+_FROM_TRAINER = frozenset({"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"})
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ def check_choice(
         choice = find(component, allow_code=allow_code)
     except ComponentError as error:
         return [Problem(path, str(error))]
-    if choice.target is None:
-        return []
     label = f"{kind} '{choice.name}'"
-    return check_options(choice.target, choice.options, label=label, path=path, reserved=_RESERVED)
+    if choice.target is not None:
+        return check_options(choice.target, choice.options, label=label, path=path, reserved=_RESERVED)
+    if kind == "scheduler":
+        target = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(choice.name)]
+        return check_options(target, choice.options, label=label, path=path, reserved=_FROM_TRAINER)
+    return []
 
 
 def make_scheduler(choice: Choice) -> Callable[[torch.optim.Optimizer, int], Any] | None:

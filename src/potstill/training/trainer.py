@@ -130,6 +130,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             self._record(output.parts)
         return (output.loss, output) if return_outputs else output.loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm that clipping found; without clipping it is not computed, for it costs a pass over all."""
+        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,0 +1,37 @@
+"""How much of the teacher the student has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from potstill.evaluation.fidelity import agreement, retention, retention_above_chance
+
+
+def test_retention():
+    assert retention(0.9, 0.95) == pytest.approx(0.9473684)
+    assert retention(0.96, 0.95) > 1
+    assert retention(0.5, 0.0) is None
+
+
+def test_retention_above_chance():
+    """0.9 of 0.95 looks like much where always guessing the frequent class gives 0.85."""
+    assert retention_above_chance(0.9, 0.95, 0.85) == pytest.approx(0.5)
+    assert retention_above_chance(0.85, 0.95, 0.85) == pytest.approx(0.0)
+    assert retention_above_chance(0.8, 0.95, 0.85) == pytest.approx(-0.5)
+    assert retention_above_chance(0.9, 0.85, 0.85) is None
+    assert retention_above_chance(0.9, 0.8, 0.85) is None
+
+
+def test_agreement_is_about_the_answers_not_the_logits():
+    first = np.array([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0], [0.0, 0.1, 0.2], [9.0, 0.0, 0.0]])
+    second = np.array([[0.2, 0.1, 0.0], [3.0, 1.0, 0.0], [-9.0, -8.0, -1.0], [1.0, 0.9, 0.0]])
+    assert agreement(first, second) == 0.75
+    assert agreement(first, first) == 1.0
+
+
+def test_agreement_of_answers_for_each_token():
+    first, second = np.zeros((2, 3, 4)), np.zeros((2, 3, 4))
+    first[..., 1] = second[..., 1] = 1.0
+    second[0, 0, 2] = 9.0
+    assert agreement(first, second) == pytest.approx(5 / 6)
