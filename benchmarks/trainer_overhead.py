@@ -2,8 +2,9 @@
 
     python benchmarks/trainer_overhead.py --steps 300 --rounds 5
 
-MNIST-shaped MLPs (teacher 784-1200-1200-10, student 784-800-800-10), batch 128, in-memory batches, Adam, 0.7·T²·KL + 0.3·CE at T = 4. Loop and trainer take turns in one process; the first 50 steps of each turn do
-not count. Prints the median time of a step of each and their ratio, and what starting the trainer costs apart.
+MNIST-shaped MLPs (teacher 784-1200-1200-10, student 784-800-800-10), batch 128, in-memory batches, Adam,
+0.7·T²·KL + 0.3·CE at T = 4. Loop and trainer take turns in one process; the first 50 steps of each turn do not count.
+Prints the median time of a step of each and their ratio, and what starting the trainer costs apart.
 """
 
 from __future__ import annotations

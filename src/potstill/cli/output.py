@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich import box
@@ -15,15 +16,17 @@ from potstill.runs.metrics import Estimate, RunMetrics
 def print_run(metrics: RunMetrics, folder: Path) -> None:
     """Print teacher, baseline and distilled student side by side, the verdict, and where the run is."""
     console = Console()
-    table = _table(f"{metrics.recipe}: {metrics.split} split, {metrics.samples} samples, seed {metrics.seed}")
-    names = list(next(iter(metrics.models.values())).metrics)
-    for column in ("model", *names, "parameters", "KiB", "ms (1)", "ms (32)", "as teacher"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for name, model in metrics.models.items():
-        agreement = "" if model.agreement is None else f"{100 * model.agreement:.1f} %"
-        latency = [f"{model.latency_ms[size]:.2f}" if size in model.latency_ms else "" for size in ("1", "32")]
-        cells = [_estimate(model.metrics[metric]) for metric in names]
-        table.add_row(name, *cells, f"{model.parameters:,}", f"{model.bytes / 1024:,.1f}", *latency, agreement)
+    title = f"{metrics.recipe}: {metrics.split} split, {metrics.samples:,} samples, seed {metrics.seed}"
+    table = _table(title, list(metrics.models))
+    models = metrics.models.values()
+    for metric in next(iter(models)).metrics:
+        _estimate_rows(table, metric, [model.metrics[metric] for model in models])
+    if any(model.agreement is not None for model in models):
+        table.add_row("answers as teacher", *("" if m.agreement is None else f"{m.agreement:.4f}" for m in models))
+    table.add_row("parameters", *(f"{model.parameters:,}" for model in models))
+    table.add_row("size on disk, KiB", *(f"{model.bytes / 1024:,.1f}" for model in models))
+    for size in next(iter(models)).latency_ms:
+        table.add_row(f"latency, batch {size}, ms", *(f"{model.latency_ms[size]:.2f}" for model in models))
     console.print(table)
     for line in _verdict(metrics):
         console.print(line, highlight=False)
@@ -33,19 +36,17 @@ def print_run(metrics: RunMetrics, folder: Path) -> None:
 def print_seeds(summary: SeedSummary, folder: Path) -> None:
     """Print the mean over seeds of every model, and the gain with its interval."""
     console = Console()
-    table = _table(f"{summary.recipe}: {summary.primary} over {len(summary.seeds)} seeds (mean, 95 % t-interval)")
-    for column in ("model", summary.primary, "each seed"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for name, estimate in summary.models.items():
-        each = "  ".join(f"{value:.4f}" for value in summary.values[name])
-        table.add_row(name, _estimate(estimate), each)
+    table = _table(f"{summary.recipe}: {summary.primary} over {len(summary.seeds)} seeds", list(summary.models))
+    _estimate_rows(table, "mean", list(summary.models.values()))
+    for place, seed in enumerate(summary.seeds):
+        table.add_row(f"seed {seed}", *(f"{values[place]:.4f}" for values in summary.values.values()))
     console.print(table)
     if summary.gain is not None:
         low, high = summary.gain.low, summary.gain.high
         verdict = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
         console.print(
             f"distilled − baseline: {100 * summary.gain.value:+.2f} points "
-            f"[{100 * low:+.2f}, {100 * high:+.2f}] over seeds: {verdict} its baseline",
+            f"[{100 * low:+.2f}, {100 * high:+.2f}] over seeds: the distilled student is {verdict} its baseline",
             highlight=False,
         )
     console.print(f"runs: {folder}", highlight=False, soft_wrap=True)
@@ -66,11 +67,15 @@ def _verdict(metrics: RunMetrics) -> list[str]:
     return lines + [f"note: {note}" for note in metrics.notes]
 
 
-def _estimate(estimate: Estimate) -> str:
-    if estimate.low != estimate.low:  # NaN: no interval
-        return f"{estimate.value:.4f}"
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+def _estimate_rows(table: Table, name: str, estimates: list[Estimate]) -> None:
+    table.add_row(name, *(f"{estimate.value:.4f}" for estimate in estimates))
+    if not any(math.isnan(estimate.low) for estimate in estimates):
+        table.add_row("  95 % interval", *(f"{estimate.low:.4f} – {estimate.high:.4f}" for estimate in estimates))
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

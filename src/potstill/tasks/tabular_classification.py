@@ -24,8 +24,7 @@ class TabularClassification(Classification):
     """One class for a row of a table.
 
     Numbers are standardised by mean and standard deviation of the training split (missing and infinite ones become
-    the mean);
-    categories become one-hot columns, with all zeros for a value that the training split has not.
+    the mean); categories become one-hot columns, with all zeros for a value that the training split has not.
 
     Args:
         label: the column of the class.

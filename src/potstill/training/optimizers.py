@@ -37,9 +37,9 @@ def find_optimizer(component: str | Mapping[str, Any], *, allow_code: bool = Tru
         ComponentError: there is none of that name; proposes the nearest.
         CodeNotAllowedError: a dotted path that was not allowed.
     """
-    classes = {
-        n: c for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)
-    }
+    base = torch.optim.Optimizer
+    found = vars(torch.optim).items()
+    classes = {n: c for n, c in found if inspect.isclass(c) and issubclass(c, base) and c is not base}
     return _find(component, "optimizer", classes, {str(o.value) for o in OptimizerNames}, allow_code)
 
 
