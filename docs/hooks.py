@@ -57,7 +57,7 @@ def _component_differences(kind: str, table: str) -> Iterator[str]:
     """Tell which listed component does not exist, or has other options than its row says."""
     found: registry.Registry = getattr(registry, kind)
     for line in table.splitlines()[2:]:
-        name, written = (cell.strip().replace("`", "") for cell in line.strip("|\n").split(" | ")[:2])
+        name, written = (cell.strip(" `–") for cell in line.strip("|\n").split(" | ")[:2])
         short = name.removeprefix("potstill:")
         if short not in found.names():
             yield f"there is no {found.kind} '{name}'"

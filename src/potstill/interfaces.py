@@ -153,6 +153,10 @@ class Task(Protocol):
         """Return what a model built for this task may need: ``num_labels``, ``in_features``, ``in_channels``, …."""
         ...
 
+    def check_labels(self, model_labels: list[str], whose: str) -> None:
+        """Raise a ``TaskError`` if a model was trained on other classes, or on these in another order."""
+        ...
+
     def settings(self) -> dict[str, Any]:
         """Return what inference needs to repeat this task's preprocessing, as plain JSON; saved with each model."""
         ...

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ModelError
 from potstill.interfaces import Batch, Signals
+from potstill.models.frozen import Frozen
 
 TEACHER_PREFIX = "teacher/"
 """Batch entries that begin so are the teacher's own view, e.g. ``teacher/input_ids`` from its own tokenizer."""
@@ -86,6 +87,8 @@ def teacher_view(batch: Batch) -> Batch:
 
 
 def _base(model: nn.Module) -> nn.Module:
+    model = model.awake() if isinstance(model, Frozen) else model
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     base = getattr(model, "get_base_model", None)
     found = base() if callable(base) else model
     return found if isinstance(found, nn.Module) else model

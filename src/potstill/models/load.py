@@ -125,6 +125,15 @@ def save_model(model: nn.Module, folder: Path, card: Mapping[str, Any]) -> None:
     staged.replace(folder / CARD)
 
 
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """Return the card of a folder that potstill saved, or ``None`` for anything else."""
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return card
+
+
 def load_model(folder: Path, *, allow_code: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model in a folder and its card.
 

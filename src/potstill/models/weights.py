@@ -40,10 +40,24 @@ def load_student(student: nn.Module, folder: Path) -> None:
         ModelError: weights are missing, left over, or of other shapes; names them.
     """
     if isinstance(student, PreTrainedModel):
-        fresh = type(student).from_pretrained(folder, config=student.config, dtype=student.dtype)
-        student.load_state_dict(fresh.state_dict(), strict=True)
+        student.load_state_dict(_pretrained(student, folder).state_dict(), strict=True)
         return
     load_modules(student, folder / WEIGHTS)
+
+
+def _pretrained(student: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Read a transformers model, whose own loading makes up what is missing."""
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        fresh, found = type(student).from_pretrained(folder, config=student.config, dtype=student.dtype, **options)
+    except OSError as error:
+        raise ModelError(f"expected weights in {folder}: {error}") from error
+    wrong = [f"'{name}' is missing" for name in sorted(found["missing_keys"])]
+    wrong += [f"'{name}' is left over" for name in sorted(found["unexpected_keys"])]
+    wrong += [f"'{name}' expected {list(own)}, got {list(read)}" for name, read, own in found["mismatched_keys"]]
+    if wrong:
+        raise ModelError(f"{folder} does not fit {type(student).__name__}: {'; '.join(wrong[:8])}")
+    return fresh
 
 
 def save_modules(module: Any, path: Path) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
+from potstill.errors import RunError
+
 DEFAULT_LIMIT = 10 * 2**30
 _USED = ".used"
 
@@ -47,7 +49,7 @@ class Cache:
     def __init__(self, root: Path | None = None, limit: int | None = None) -> None:
         chosen = os.environ.get("POTSTILL_CACHE") or platformdirs.user_cache_dir("potstill", appauthor=False)
         self.root = Path(chosen if root is None else root).expanduser()
-        self.limit = limit if limit is not None else int(os.environ.get("POTSTILL_CACHE_LIMIT") or DEFAULT_LIMIT)
+        self.limit = limit if limit is not None else _limit()
 
     def find(self, kind: str, key: str) -> Path | None:
         """Return the folder of an entry, or ``None``; it counts as used now."""
@@ -77,6 +79,8 @@ class Cache:
             if target.exists():
                 return
             target.parent.mkdir(parents=True, exist_ok=True)
+            for left in target.parent.glob(".staged-*"):  # by a process that was killed, for the lock is ours
+                shutil.rmtree(left)
             staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=target.parent))
             shutil.copytree(source, staged, dirs_exist_ok=True)
             (staged / _USED).touch()
@@ -116,6 +120,13 @@ class Cache:
                 shutil.rmtree(entry.path)
 
 
+def _limit() -> int:
+    wanted = os.environ.get("POTSTILL_CACHE_LIMIT") or str(DEFAULT_LIMIT)
+    if not wanted.isdecimal():
+        raise RunError(f"expected POTSTILL_CACHE_LIMIT to be a number of bytes, got '{wanted}'")
+    return int(wanted)
+
+
 def content_hash(value: Any) -> str:
     """Return a hash of plain data, independent of the order of keys: 32 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
@@ -128,9 +139,14 @@ def table_hash(table: Any) -> str:
     for chunk in table.with_format("arrow").iter(batch_size=4096):
         for column in chunk.column_names:
             digest.update(column.encode())
-            for piece in chunk.column(column).chunks:
-                digest.update(_bytes(piece))
+            digest.update(_bytes(chunk.column(column).combine_chunks()))
     return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return a hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _bytes(piece: Any) -> bytes:

@@ -24,6 +24,17 @@ from potstill.errors import RunError
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "torchvision", "timm")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts such as ``1e5``, which are texts in the YAML 1.1 of PyYAML and numbers in that of recipes."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if data[:1] in tuple("+-.0123456789") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 class RunFolder:
     """The files of one run.
 
@@ -67,25 +78,27 @@ class RunFolder:
         """
         path = self / "recipe.resolved.yaml"
         if path.exists():
-            known = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if known != recipe:
-                keys = ", ".join(_differences(known, recipe)[:5])
-                raise RunError(f"{self.path} belongs to another recipe (they differ in {keys}); choose --output")
+            keys = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), recipe)
+            if keys:
+                shown = ", ".join(keys[:5])
+                raise RunError(f"{self.path} belongs to another recipe (they differ in {shown}); choose --output")
             return
-        write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        write_text(path, yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
         write_json(self / "environment.json", environment())
 
     def event(self, event: str, **about: Any) -> None:
-        """Append one line to ``events.jsonl``."""
+        """Append one line to ``events.jsonl``; a line that a kill cut off before it is closed first."""
         line = json.dumps({"time": _now(), "event": event, **about}, ensure_ascii=False) + "\n"
-        with (self / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line)
+        with (self / "events.jsonl").open("ab+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            cut = file.read() not in (b"", b"\n")
+            file.write(("\n" + line if cut else line).encode())
 
     def events(self) -> list[dict[str, Any]]:
         """Return every event; a line cut off by a kill is left out."""
         path = self / "events.jsonl"
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
                 found.append(json.loads(line))
             except ValueError:

@@ -72,6 +72,7 @@ class RunMetrics(_Strict):
         seed: the recipe's seed.
         primary: name of the metric by which models are compared.
         split: the split of the figures, with its number of samples in ``samples``.
+        device: where the models answered and latency was measured, such as ``cpu`` or ``cuda``.
         chance: primary metric of the best constant guess.
         models: by name: ``teacher`` (or the teachers' own names), ``baseline``, ``distilled``.
         retention: student / teacher in the primary metric.
@@ -86,6 +87,7 @@ class RunMetrics(_Strict):
     primary: str
     split: str = "test"
     samples: int
+    device: str = "cpu"
     chance: float | None = None
     models: dict[str, ModelMetrics]
     retention: float | None = None

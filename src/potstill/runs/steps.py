@@ -31,12 +31,12 @@ from potstill.evaluation.metrics import compare, estimate
 from potstill.evaluation.predict import Predictions, predict
 from potstill.interfaces import Progress, Task
 from potstill.losses.objective import Objective
-from potstill.models.load import CARD, find_factory, load_model, save_model
+from potstill.models.load import find_factory, load_model, read_card, save_model
 from potstill.recipe import build
 from potstill.recipe.load import load_recipe
 from potstill.recipe.schema import ModelSpec, Recipe, TrainSpec
 from potstill.registry import schemes
-from potstill.runs.cache import Cache, content_hash, table_hash
+from potstill.runs.cache import Cache, content_hash, file_hash, table_hash
 from potstill.runs.folder import RunFolder, write_json
 from potstill.runs.metrics import Estimate, Gain, ModelMetrics, RunMetrics
 from potstill.teachers.live import Live
@@ -156,16 +156,30 @@ class Run:
         spec = self.recipe.all_teachers[name]
         target = self.model_folder(name)
         key = self._teacher_key(name)
-        if self.cache.fetch("teachers", key, target):
-            self._event("reused", step=name, key=key)
-            logger.info("%s: reused from the cache (%s)", name, key)
+        if spec.train is not None and self._fetched(name, key):
             return
+        self._check_teacher_labels(name, spec)
         model = build.make_blueprint(spec).build(self.task.facts(), seed=self.recipe.seed, allow_code=self.allow_code)
         if spec.train is not None:
             self._train(name, model, spec.train, build.supervised_objective(self.task))
         self._save(name, model, spec)
-        if spec.train is not None:
+        if spec.train is not None and PartialState().is_main_process:
             self.cache.store("teachers", key, target)
+
+    def _fetched(self, name: str, key: str) -> bool:
+        """Copy a trained teacher from the cache; every process learns whether there was one."""
+        state, target = PartialState(), self.model_folder(name)
+        if state.is_main_process and not target.is_dir() and self.cache.fetch("teachers", key, target):
+            self._event("reused", step=name, key=key)
+            logger.info("%s: reused from the cache (%s)", name, key)
+        state.wait_for_everyone()
+        return target.is_dir()
+
+    def _check_teacher_labels(self, name: str, spec: ModelSpec) -> None:
+        """Raise if a saved teacher was trained on other classes, or on these in another order."""
+        card = read_card(Path(spec.model).expanduser())
+        if card is not None:
+            self.task.check_labels(card["settings"].get("label_names", []), f"the teacher '{name}'")
 
     def _baseline(self) -> None:
         """Train the student without a teacher."""
@@ -216,7 +230,9 @@ class Run:
         roles["distilled"] = "student"
         models = {name: self.load(name) for name in roles}
         answers = self._predictions(models, table)
-        timed = latencies(models, self.task) if self.recipe.evaluate.latency else {name: {} for name in models}
+        timed: dict[str, dict[str, float]] = {name: {} for name in models}
+        if self.recipe.evaluate.latency:
+            timed = latencies(models, self.task, device=PartialState().device)
         first = next(iter(self.recipe.all_teachers), None)
         found = {}
         for name, role in roles.items():
@@ -240,7 +256,8 @@ class Run:
         for name, model in models.items():
             logger.info("%s: answering %d samples", name, len(dataset))
             size = self.recipe.evaluate.batch_size
-            found[name] = predict(model, self.task, dataset, batch_size=size, bar=name if self.bars else None)
+            bar = name if self.bars else None
+            found[name] = predict(model, self.task, dataset, batch_size=size, device=PartialState().device, bar=bar)
         return found
 
     def _estimates(self, predictions: Predictions) -> dict[str, Estimate]:
@@ -263,6 +280,7 @@ class Run:
             primary=primary,
             split=split,
             samples=len(answers["distilled"].logits),
+            device=PartialState().device.type,
             chance=None if labels is None else self.task.chance(labels),
             models=models,
             gain=gain,
@@ -329,9 +347,8 @@ class Run:
     def _card(self, spec: ModelSpec) -> dict[str, Any]:
         blueprint = build.make_blueprint(spec)
         about = {"potstill": __version__, "task": self.recipe.task.name, "settings": self.task.settings()}
-        folder = Path(spec.model).expanduser()
-        if (folder / CARD).is_file():
-            _, card = load_model(folder, allow_code=self.allow_code)
+        card = read_card(Path(spec.model).expanduser())
+        if card is not None:
             return {**card, **about}
         factory = find_factory(spec.model, allow_code=self.allow_code)
         return {**about, "model": spec.model, "kwargs": blueprint.complete(factory, self.task.facts())}
@@ -340,7 +357,8 @@ class Run:
         """Everything that the trained teacher depends on."""
         spec = self.recipe.all_teachers[name]
         data = [table_hash(split) for split in (self.splits.train, self.splits.validation) if split is not None]
-        weights = None if spec.weights is None else Path(spec.weights).expanduser().read_bytes().hex()
+        files = [Path(spec.model).expanduser() / "model.safetensors", Path(spec.weights or "").expanduser()]
+        weights = [file_hash(file) for file in files if file.is_file()]
         about = {"teacher": spec.model_dump(mode="json"), "task": self.task.settings(), "data": data}
         versions = {"potstill": __version__, "torch": torch.__version__}
         augment = self.recipe.data.model_dump(mode="json")["augment"]
