@@ -73,7 +73,7 @@ def _component_differences(kind: str, table: str) -> Iterator[str]:
 
 
 def _differences(name: str, table: str) -> Iterator[str]:
-    model = next(getattr(m, name) for m in (schema, metrics, SeedSummary) if hasattr(m, name) or m is SeedSummary)
+    model = SeedSummary if name == "SeedSummary" else getattr(schema, name, None) or getattr(metrics, name)
     rows = [[cell.strip().strip("`") for cell in line.strip("|\n").split(" | ")] for line in table.splitlines()[2:]]
     written = {row[0].strip(): row[1:3] for row in rows}
     for key, field in model.model_fields.items():

@@ -173,6 +173,10 @@ class Task(Protocol):
 class Scheme(Protocol):
     """Who teaches whom now."""
 
+    def setup(self, student: nn.Module, teachers: Mapping[str, TeacherSource]) -> None:
+        """Take the student and the teachers of the recipe, by name, before the training begins."""
+        ...
+
     def learners(self) -> Mapping[str, nn.Module]:
         """Return the modules that are trained, by name."""
         ...

@@ -197,24 +197,39 @@ def check_options(
 def _type_problems(
     given: Mapping[str, Any], known: Mapping[str, Option], label: str, path: tuple[str | int, ...]
 ) -> list[Problem]:
-    fields: dict[str, Any] = {name: (known[name].annotation, ...) for name in given}
-    try:
-        model = create_model(
-            "Options",
-            __config__=ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=()),
-            **fields,
-        )
-        parsed = model.model_validate(dict(given))
-    except ValidationError as error:
-        return [
-            Problem((*path, *entry["loc"]), f"{label}: {entry['msg'].lower()}, got {entry['input']!r}")
-            for entry in error.errors()
-        ]
-    cast = {name: type(getattr(parsed, name)) for name in given if _is_cast(given[name], getattr(parsed, name))}
-    return [
-        Problem((*path, name), f"{label}: expected {_NUMBERS.get(kind, 'plain numbers')}, got {given[name]!r}")
-        for name, kind in cast.items()
-    ]
+    problems: list[Problem] = []
+    for name, value in given.items():
+        try:
+            parsed = _parsed(name, value, known[name].annotation)
+        except ValidationError as error:
+            said: dict[tuple[str | int, ...], dict[str, Any]] = {}
+            for entry in error.errors():
+                said.setdefault(_within(value, entry["loc"][1:]), {})[entry["msg"].lower()] = entry["input"]
+            for where, inputs in said.items():
+                got = next(iter(inputs.values()))
+                problems.append(Problem((*path, name, *where), f"{label}: {' or '.join(inputs)}, got {got!r}"))
+        else:
+            if _is_cast(value, parsed):
+                wanted = _NUMBERS.get(type(parsed), "plain numbers")
+                problems.append(Problem((*path, name), f"{label}: expected {wanted}, got {value!r}"))
+    return problems
+
+
+def _parsed(name: str, value: Any, annotation: Any) -> Any:
+    settings = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+    field: dict[str, Any] = {name: (annotation, ...)}
+    return getattr(create_model("Options", __config__=settings, **field).model_validate({name: value}), name)
+
+
+def _within(value: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Return the keys and numbers of entries in a path of pydantic, without its names for branches of unions."""
+    where: list[str | int] = []
+    for part in loc:
+        entry = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if entry or (isinstance(value, Mapping) and part in value):
+            where.append(part)
+            value = value[part]
+    return tuple(where)
 
 
 def _is_cast(given: Any, parsed: Any) -> bool:
@@ -236,7 +251,7 @@ def _origin(target: Any) -> str:
 
 
 losses = Registry("loss", "potstill.losses", frozenset({"student", "teacher", "labels", "mask", "index", "progress"}))
-tasks = Registry("task", "potstill.tasks")
+tasks = Registry("task", "potstill.tasks", frozenset({"augment"}))
 schemes = Registry("scheme", "potstill.schemes")
 compressors = Registry("compressor", "potstill.compression", frozenset({"model", "calibration"}))
 sources = Registry("data source", "potstill.data")
@@ -245,6 +260,6 @@ augmentations = Registry(
     "potstill.data",
     frozenset({"batch", "images", "texts", "features", "draws", "lookup", "num_classes", "scale"}),
 )
-models = Registry("model", "potstill.models.plain")
+models = Registry("model", "potstill.models")
 callbacks = Registry("callback", "potstill.training.callbacks")
 _ALL = (losses, tasks, schemes, compressors, sources, augmentations, models, callbacks)

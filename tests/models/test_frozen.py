@@ -30,7 +30,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_it_stays_in_eval_mode_whatever_its_parent_does():
-    """In train mode dropout answers at random and BatchNorm drifts towards the student's data: no error, bad teacher."""
+    """In train mode dropout answers at random and BatchNorm drifts: no error, and a bad teacher."""
     teacher = net().train()
     parent = Student(teacher)
     assert not any(module.training for module in teacher.modules())

@@ -43,6 +43,6 @@ def new(
         raise ComponentError(f"there is no task '{task}'; {did_you_mean(task, tasks.names())}")
     teacher, student = _MODELS.get(str(tasks.facts(task).get("input")), _MODELS["tabular"])
     path = Path(target)
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in path.stem)
-    text = _TEMPLATE.format(file=path, name=name, task=task, teacher=teacher, student=student)
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.stem).lstrip("._-")
+    text = _TEMPLATE.format(file=path, name=name or "mine", task=task, teacher=teacher, student=student)
     write_new(path, text, force=force)

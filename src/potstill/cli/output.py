@@ -15,7 +15,7 @@ from potstill.runs.metrics import Estimate, RunMetrics
 
 def print_run(metrics: RunMetrics, folder: Path) -> None:
     """Print teacher, baseline and distilled student side by side, the verdict, and where the run is."""
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     title = f"{metrics.recipe}: {metrics.split} split, {metrics.samples:,} samples, seed {metrics.seed}"
     table = _table(title, list(metrics.models))
     models = metrics.models.values()
@@ -28,14 +28,13 @@ def print_run(metrics: RunMetrics, folder: Path) -> None:
     for size in next(iter(models)).latency_ms:
         table.add_row(f"latency, batch {size}, ms", *(f"{model.latency_ms[size]:.2f}" for model in models))
     console.print(table)
-    for line in _verdict(metrics):
-        console.print(line, highlight=False)
-    console.print(f"run: {folder}", highlight=False, soft_wrap=True)
+    for line in [*_verdict(metrics), f"run: {folder}"]:
+        console.print(line, soft_wrap=True)
 
 
 def print_seeds(summary: SeedSummary, folder: Path) -> None:
     """Print the mean over seeds of every model, and the gain with its interval."""
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     table = _table(f"{summary.recipe}: {summary.primary} over {len(summary.seeds)} seeds", list(summary.models))
     _estimate_rows(table, "mean", list(summary.models.values()))
     for place, seed in enumerate(summary.seeds):
@@ -47,9 +46,9 @@ def print_seeds(summary: SeedSummary, folder: Path) -> None:
         console.print(
             f"distilled − baseline: {100 * summary.gain.value:+.2f} points "
             f"[{100 * low:+.2f}, {100 * high:+.2f}] over seeds: the distilled student is {verdict} its baseline",
-            highlight=False,
+            soft_wrap=True,
         )
-    console.print(f"runs: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"runs: {folder}", soft_wrap=True)
 
 
 def _verdict(metrics: RunMetrics) -> list[str]:
@@ -62,7 +61,7 @@ def _verdict(metrics: RunMetrics) -> list[str]:
         gain = metrics.gain
         lines.append(
             f"distilled − baseline: {100 * gain.value:+.2f} points [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}], "
-            f"p = {gain.p:.3f} (paired, over this test set; run --seeds 5 for the spread over seeds)"
+            f"p = {gain.p:.3f} (paired, over these samples; run --seeds 5 for the spread over seeds)"
         )
     return lines + [f"note: {note}" for note in metrics.notes]
 

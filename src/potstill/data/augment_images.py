@@ -118,7 +118,7 @@ def mixup(
 
     Args:
         batch: every floating tensor in it is mixed, so ``teacher/…`` views get the same partner and the same λ.
-            ``sample_id`` stays. ``labels`` are int64 ``[B]`` (-1: unlabelled) or soft ``[B, C]``, and may be missing.
+            ``sample_id`` stays. ``labels`` are int64 ``[B]`` (below 0: none) or soft ``[B, C]``, and may be missing.
         draws: random numbers of these samples.
         lookup: returns the batch of the samples at these places of the data set; the indices are int64 ``[B]``, not
             negative, and to be taken modulo the number of samples.
@@ -159,9 +159,8 @@ def _soft(labels: Tensor, num_classes: int) -> Tensor:
         return labels.float()
     if labels.ndim != 1:
         raise DataError(f"mixup needs one class id per sample, got labels {list(labels.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < -1 or high >= num_classes:
-        raise DataError(f"mixup: labels must lie between -1 and {num_classes - 1}, got {low} to {high}")
+    if int(labels.max()) >= num_classes:
+        raise DataError(f"mixup: labels must lie below {num_classes}, got {int(labels.max())}")
     return F.one_hot(labels.long().clamp(min=0), num_classes).float()
 
 

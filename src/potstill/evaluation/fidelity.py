@@ -25,10 +25,10 @@ def retention_above_chance(student: float, teacher: float, chance: float) -> flo
 
 
 def agreement(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Return the share of samples for which two models answer the same class.
+    """Return the share of samples for which two models give the same answer, in all its parts.
 
     Args:
-        first: logits ``[N, C]``.
-        second: logits ``[N, C]`` on the same samples.
+        first: one model's answers ``[N, ...]``, e.g. classes; see ``Task.answers``.
+        second: the other's on the same samples.
     """
-    return float(np.mean(first.argmax(-1) == second.argmax(-1)))
+    return float(np.mean((first == second).reshape(len(first), -1).all(-1)))

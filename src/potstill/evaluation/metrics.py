@@ -41,5 +41,6 @@ def _known(task: Task, predictions: Predictions) -> tuple[NDArray[Any], NDArray[
     answers = task.answers(predictions.logits)
     if predictions.labels is None:
         return answers[:0], answers[:0]
-    known = predictions.labels != IGNORED
-    return answers[known], predictions.labels[known]
+    labels = predictions.labels
+    known = (labels != IGNORED).reshape(len(labels), -1).any(1)
+    return answers[known], labels[known]

@@ -72,7 +72,7 @@ class Term(nn.Module):
         self.loss = target
         call = target.forward if isinstance(target, nn.Module) else target
         self._accepts = frozenset(inspect.signature(call).parameters)
-        facts = losses.facts(self.loss_name)
+        facts = losses.facts(losses.name_of(target))
         self.per = getattr(target, "per", facts.get("per", "position"))
         self.any_shape = bool(facts.get("any_shape", False)) or self.per == "batch"
         self.formula: str | None = facts.get("formula")
@@ -139,7 +139,7 @@ class Term(nn.Module):
             return _as_bool(batch[self.mask])
         labels = batch.get("labels")
         if self.hard:
-            return None if labels is None or labels.is_floating_point() else labels != IGNORED
+            return None if labels is None else _labelled(labels)
         if _TOKEN_SIGNAL.search(self.student[0]):
             return _as_bool(batch.get("attention_mask"))
         if response_mask is not None:
@@ -374,6 +374,11 @@ def _made(factory: Callable[..., Any], options: Mapping[str, Any], name: str) ->
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask != 0
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """The positions that have a label: an id other than −100, or class probabilities that are not all 0."""
+    return labels.sum(-1) > 0 if labels.is_floating_point() else labels != IGNORED
 
 
 def _batch_size(batch: Batch) -> int:

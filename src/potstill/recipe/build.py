@@ -13,14 +13,14 @@ from transformers import TrainerCallback, TrainingArguments
 
 from potstill.data.augment import split_step
 from potstill.data.load import Splits, load_splits
-from potstill.errors import TrainingError
+from potstill.errors import DataError, TrainingError
 from potstill.interfaces import Task
 from potstill.losses.objective import Objective, Term
 from potstill.models.load import Blueprint
-from potstill.recipe.schema import ModelSpec, Recipe, TermSpec, TrainSpec
+from potstill.recipe.schema import ModelSpec, Recipe, TeacherSpec, TermSpec, TrainSpec
 from potstill.registry import callbacks, tasks
 from potstill.training.callbacks import MaxNorm
-from potstill.training.optimizers import find_optimizer, find_scheduler, make_scheduler
+from potstill.training.optimizers import Choice, find_optimizer, find_scheduler, make_scheduler
 
 DEFAULTS: dict[str, Any] = {
     "logging_strategy": "steps",
@@ -59,10 +59,10 @@ def make_splits(recipe: Recipe, *, allow_code: bool = True) -> Splits:
     """Return the data of a recipe.
 
     Raises:
-        DataError: the data cannot be read or split as asked.
+        DataError: the data cannot be read or split as asked, or leave nothing to judge on.
     """
     data = recipe.data
-    return load_splits(
+    found = load_splits(
         data.source,
         data.path,
         name=data.name,
@@ -78,11 +78,19 @@ def make_splits(recipe: Recipe, *, allow_code: bool = True) -> Splits:
         kwargs=data.kwargs,
         allow_code=allow_code,
     )
+    if found.test is None:
+        raise DataError("there is no test split to judge the models on; say its share as in `data: {test: 0.2}`")
+    return found
 
 
 def make_blueprint(spec: ModelSpec) -> Blueprint:
     """Return how to build a model."""
     return Blueprint(spec.model, spec.kwargs, None if spec.weights is None else Path(spec.weights).expanduser())
+
+
+def is_random(spec: TeacherSpec) -> bool:
+    """Return whether a teacher certainly knows nothing: a model of potstill's own, not trained and without weights."""
+    return spec.train is None and spec.weights is None and spec.model.startswith("potstill:")
 
 
 def make_objective(recipe: Recipe, task: Task) -> Objective:
@@ -134,11 +142,14 @@ def make_training(
     made = [_callback(component, allow_code) for component in spec.callbacks]
     optimizer = find_optimizer(spec.optimizer, allow_code=allow_code)
     scheduler = find_scheduler(spec.scheduler, allow_code=allow_code)
+    _check_settings(spec, made, evaluates, optimizer, scheduler)
     wanted = {**DEFAULTS, **_trainer_names(optimizer.trainer, optimizer.options, scheduler.trainer, scheduler.options)}
     for callback in made:
         wanted |= getattr(callback, "training_arguments", {})
     if not evaluates:
         wanted |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    if scheduler.target is torch.optim.lr_scheduler.ReduceLROnPlateau:
+        wanted.setdefault("metric_for_best_model", "loss")
     wanted |= spec.options
     try:
         arguments = TrainingArguments(
@@ -193,6 +204,28 @@ def make_term(spec: TermSpec) -> Term:
         project=spec.project,
         **spec.options,
     )
+
+
+def _check_settings(
+    spec: TrainSpec, made: list[TrainerCallback], evaluates: bool, optimizer: Choice, scheduler: Choice
+) -> None:
+    """Refuse what would have no effect, or fail only once the training is under way."""
+    unused = sorted({"adam_beta1", "adam_beta2", "adam_epsilon"} & set(spec.options))
+    if unused and optimizer.target is not None:
+        raise TrainingError(
+            f"train.{unused[0]} has no effect on the optimizer '{optimizer.name}'; "
+            f"say it as in `optimizer: {{name: {optimizer.name}, betas: [0.9, 0.999], eps: 1.0e-8}}`"
+        )
+    strategy = str(spec.options.get("eval_strategy", "no"))
+    needing = [] if strategy == "no" else [f"eval_strategy: {strategy}"]
+    needing += [c.name for c in [scheduler] if c.target is torch.optim.lr_scheduler.ReduceLROnPlateau]
+    needing += [
+        split_step(component)[0]
+        for component, callback in zip(spec.callbacks, made, strict=True)
+        if "load_best_model_at_end" in getattr(callback, "training_arguments", {})
+    ]
+    if needing and not evaluates:
+        raise TrainingError(f"train: {needing[0]} needs a validation split with labels, and there is none")
 
 
 def _callback(component: str | Mapping[str, Any], allow_code: bool) -> TrainerCallback:

@@ -43,19 +43,29 @@ MANAGED = {
 """Training arguments that a recipe says in another way, and how."""
 
 
-def check_components(tree: Mapping[str, Any], *, allow_code: bool) -> list[Problem]:
+def check_components(tree: Mapping[str, Any], *, allow_code: bool, folder: Path | None = None) -> list[Problem]:
     """Return every mistake in the components of a recipe.
 
     Args:
         tree: the recipe as plain data, after ``extends`` and overrides.
         allow_code: whether dotted paths outside potstill may be imported.
+        folder: where the recipe lies; files that it names may lie beside it.
     """
     problems = _task_and_data(tree, allow_code)
-    problems += _models(tree, allow_code)
+    problems += _models(tree, allow_code, folder)
     problems += _objective(tree, allow_code)
     problems += _named(tree.get("scheme"), schemes, ("scheme",), SchemeSpec, allow_code)
     problems += check_train(_section(tree, "train"), ("train",), allow_code=allow_code)
     return problems
+
+
+def rooted(text: str, folder: Path | None) -> str:
+    """Return the absolute path of what lies in ``folder`` or in the working directory; anything else as it is."""
+    path = Path(text).expanduser()
+    if path.is_absolute():
+        return text
+    bases = [Path.cwd()] if folder is None else [folder, Path.cwd()]
+    return next((str((base / path).resolve()) for base in bases if (base / path).exists()), text)
 
 
 def check_train(train: Mapping[str, Any], path: Path_, *, allow_code: bool) -> list[Problem]:
@@ -103,22 +113,23 @@ def _source(source: str, data: Mapping[str, Any], allow_code: bool) -> list[Prob
     return check_options(function, _section(data, "kwargs"), label=label, path=("data", "kwargs"), reserved=given)
 
 
-def _models(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
+def _models(tree: Mapping[str, Any], allow_code: bool, folder: Path | None) -> list[Problem]:
     places: list[Path_] = [("student",), ("teacher",), *(("teachers", name) for name in _section(tree, "teachers"))]
     problems: list[Problem] = []
     for path in places:
         section = _section(tree, *path)
         if isinstance(section.get("model"), str):
-            problems += Blueprint(section["model"], _section(section, "kwargs")).check(path, allow_code=allow_code)
+            model = Blueprint(rooted(section["model"], folder), _section(section, "kwargs"))
+            problems += model.check(path, allow_code=allow_code)
         if path[0] != "student":
             problems += check_train(_section(section, "train"), (*path, "train"), allow_code=allow_code)
-        problems += _weights(section, path)
+        problems += _weights(section, path, folder)
     return problems + _teachers(tree)
 
 
-def _weights(section: Mapping[str, Any], path: Path_) -> list[Problem]:
+def _weights(section: Mapping[str, Any], path: Path_, folder: Path | None) -> list[Problem]:
     weights = section.get("weights")
-    if isinstance(weights, str) and not Path(weights).expanduser().is_file():
+    if isinstance(weights, str) and not Path(rooted(weights, folder)).expanduser().is_file():
         return [Problem((*path, "weights"), f"expected a safetensors file, and there is none at '{weights}'")]
     return []
 
@@ -170,9 +181,9 @@ def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Proble
         elif key == "weight" and isinstance(value, Mapping) and not is_ramp(value):
             message = f"expected a number or a ramp `{{from: …, to: …}}`, got {dict(value)}"
             problems.append(Problem((*path, key), message))
-    if spec["loss"] not in losses.names() and ":" not in spec["loss"]:
-        hint = did_you_mean(spec["loss"], losses.names())
-        return [*problems, Problem((*path, "loss"), f"there is no loss '{spec['loss']}'", hint)]
+    unknown = _unknown(spec["loss"], losses, (*path, "loss"), allow_code)
+    if unknown:
+        return problems + unknown
     found = dict.fromkeys(p for end in ends for p in losses.check(spec["loss"], end, path=path, allow_code=allow_code))
     return problems + [_with_fields(p, TermSpec) for p in found]
 
@@ -183,11 +194,22 @@ def _named(
     if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
         return []
     name = section["name"]
-    if name not in registry.names() and ":" not in name:
-        hint = did_you_mean(name, registry.names())
-        return [Problem((*path, "name"), f"there is no {registry.kind} '{name}'", hint)]
+    unknown = _unknown(name, registry, (*path, "name"), allow_code)
+    if unknown:
+        return unknown
     options = {key: value for key, value in section.items() if key not in spec.model_fields}
     return registry.check(name, options, path=path, allow_code=allow_code)
+
+
+def _unknown(name: str, registry: Registry, path: Path_, allow_code: bool) -> list[Problem]:
+    """What is wrong with the name of a component, if anything."""
+    if name not in registry.names() and ":" not in name:
+        return [Problem(path, f"there is no {registry.kind} '{name}'", did_you_mean(name, registry.names()))]
+    try:
+        registry.get(name, allow_code=allow_code)
+    except ComponentError as error:
+        return [Problem(path, str(error))]
+    return []
 
 
 def _training_arguments(train: Mapping[str, Any], path: Path_) -> list[Problem]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from potstill.data.batching import batches
+from potstill.data.load import Splits
 from potstill.evaluation.cost import parameters
+from potstill.interfaces import Progress
 from potstill.recipe import build
 from potstill.recipe.schema import Recipe
 from potstill.teachers.live import Live, Several
@@ -33,19 +37,35 @@ def dry_run(recipe: Recipe, *, allow_code: bool = True, batch_size: int = 4) -> 
     build.check_labels(objective, splits.train, str(recipe.task.options.get("label", "label")))
     student = build.make_blueprint(recipe.student).build(task.facts(), seed=recipe.seed, allow_code=allow_code)
     yield f"student: {recipe.student.model}, {parameters(student):,} parameters"
-    teachers = {}
+    teachers, alone = {}, len(recipe.all_teachers) == 1
     taps = [name for name in objective.taps("teacher") if name.split("/")[-1] != "logits"]
     for name, spec in recipe.all_teachers.items():
         model = build.make_blueprint(spec).build(task.facts(), seed=recipe.seed, allow_code=allow_code)
-        own = [tap.removeprefix(f"{name}/") for tap in taps if len(recipe.all_teachers) == 1 or tap.startswith(name)]
+        own = [tap.removeprefix(f"{name}/") for tap in taps if alone or tap.startswith(f"{name}/")]
         teachers[name] = Live(model, own, forward=task.forward)
-        yield f"{name}: {spec.model}, {parameters(model):,} parameters"
+        weights = ", random weights" if build.is_random(spec) else ""
+        yield f"{name}: {spec.model}, {parameters(model):,} parameters{weights}"
+    _check_training(recipe, splits, {"student": student, **{name: live.model.model for name, live in teachers.items()}})
     batch = next(batches(task.dataset(splits.train, training=True, seed=recipe.seed), batch_size))
     source = Several(teachers) if len(teachers) > 1 else next(iter(teachers.values()), None)
+    parts: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         signals = source(dict(batch)) if source is not None else {}
         module = DistillationModule(student, objective, forward=task.forward)
         module.materialize(signals, batch)
-        output = module(signals, **batch)
-    for name, value in output.parts.items():
-        yield f"objective.{name}: {float(value):.4g} on {batch_size} samples"
+        for step in (999, 0):  # late too, for a ramp may begin at 0, where a term is not computed
+            parts |= module(signals, progress=Progress(step, 1000), **batch).parts
+    for name in filter(parts.__contains__, objective.terms):
+        yield f"objective.{name}: {float(parts[name]):.4g} on {len(batch['sample_id'])} samples"
+
+
+def _check_training(recipe: Recipe, splits: Splits, models: Mapping[str, torch.nn.Module]) -> None:
+    """Make the settings of every training, so that what cannot be shows now and not after hours."""
+    label = str(recipe.task.options.get("label", "label"))
+    evaluates = splits.validation is not None and label in splits.validation.column_names
+    trained = {"student": recipe.train, **{name: spec.train for name, spec in recipe.all_teachers.items()}}
+    for name, spec in trained.items():
+        if spec is not None:
+            build.apply_dropout(models[name], spec.dropout)
+            where = Path(tempfile.gettempdir()) / "potstill"
+            build.make_training(spec, folder=where, seed=0, bars=False, evaluates=evaluates, allow_code=True)

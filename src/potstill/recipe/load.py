@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from potstill.errors import Problem, RecipeError, did_you_mean
-from potstill.recipe.check import check_components
+from potstill.recipe.check import check_components, rooted
 from potstill.recipe.document import Document, read_document
 from potstill.recipe.problems import located, problems_of, tidy
 from potstill.recipe.schema import Recipe
@@ -49,7 +49,7 @@ def recipe_from(tree: Mapping[str, Any], *, allow_code: bool = True) -> Recipe:
     Raises:
         RecipeError: lists every mistake with its key path.
     """
-    return _rooted(_validated(Document(tree=dict(tree), places={}, problems=[]), allow_code), None)
+    return _rooted(_validated(Document(tree=dict(tree), places={}, problems=[]), allow_code, None), None)
 
 
 def _read(reference: str | Path, path: Path | None, overrides: Sequence[str], allow_code: bool) -> Recipe:
@@ -57,29 +57,24 @@ def _read(reference: str | Path, path: Path | None, overrides: Sequence[str], al
         looks_like_name = "/" not in str(reference) and not str(reference).endswith((".yaml", ".yml"))
         hint = did_you_mean(str(reference), packaged_recipes()) if looks_like_name else None
         if hint is None:
-            return _validated(read_document(Path(reference), overrides, find=packaged_recipes().get), allow_code)
+            return _validated(read_document(Path(reference), overrides, find=packaged_recipes().get), allow_code, None)
         raise RecipeError([Problem((), f"there is no recipe '{reference}', as a file or packaged", hint)])
-    return _validated(read_document(path, overrides, find=packaged_recipes().get), allow_code)
+    return _validated(read_document(path, overrides, find=packaged_recipes().get), allow_code, path.parent)
 
 
 def _rooted(recipe: Recipe, folder: Path | None) -> Recipe:
     """Return the recipe with absolute paths of what lies beside it or in the working directory."""
 
     def root(text: str | None) -> str | None:
-        path = Path(text).expanduser() if text else None
-        if path is None or path.is_absolute():
-            return text
-        for base in (folder, Path.cwd()):
-            if base is not None and (base / path).exists():
-                return str((base / path).resolve())
-        return text
+        return rooted(text, folder) if text else text
 
     def model(spec: Any) -> Any:
         return spec.model_copy(update={"model": root(spec.model), "weights": root(spec.weights)})
 
+    on_disk = recipe.data.source in ("files", "hub")
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update={"path": root(recipe.data.path)}),
+            "data": recipe.data.model_copy(update={"path": root(recipe.data.path)} if on_disk else {}),
             "student": model(recipe.student),
             "teacher": None if recipe.teacher is None else model(recipe.teacher),
             "teachers": {name: model(spec) for name, spec in recipe.teachers.items()},
@@ -87,7 +82,7 @@ def _rooted(recipe: Recipe, folder: Path | None) -> Recipe:
     )
 
 
-def _validated(document: Document, allow_code: bool) -> Recipe:
+def _validated(document: Document, allow_code: bool, folder: Path | None) -> Recipe:
     problems = list(document.problems)
     recipe = None
     if document.tree or not problems:
@@ -95,7 +90,7 @@ def _validated(document: Document, allow_code: bool) -> Recipe:
             recipe = Recipe.model_validate(document.tree)
         except ValidationError as error:
             problems += problems_of(error, document, Recipe)
-        problems += located(check_components(document.tree, allow_code=allow_code), document)
+        problems += located(check_components(document.tree, allow_code=allow_code, folder=folder), document)
     if problems or recipe is None:
         raise RecipeError(tidy(problems))
     return recipe

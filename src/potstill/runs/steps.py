@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import EvalPrediction, PrinterCallback
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
 from potstill._version import __version__
 from potstill.data.load import Splits
-from potstill.errors import RunError, did_you_mean
+from potstill.errors import RunError, TrainingError, did_you_mean
 from potstill.evaluation.cost import bytes_on_disk, latencies, parameters
 from potstill.evaluation.fidelity import agreement, retention, retention_above_chance
 from potstill.evaluation.metrics import compare, estimate
 from potstill.evaluation.predict import Predictions, predict
-from potstill.interfaces import Progress, Task
+from potstill.interfaces import Progress, Task, TeacherSource
 from potstill.losses.objective import Objective
 from potstill.models.load import find_factory, load_model, read_card, save_model
 from potstill.recipe import build
@@ -40,7 +40,7 @@ from potstill.runs.cache import Cache, content_hash, file_hash, table_hash
 from potstill.runs.folder import RunFolder, write_json
 from potstill.runs.metrics import Estimate, Gain, ModelMetrics, RunMetrics
 from potstill.teachers.live import Live
-from potstill.training.callbacks import LogLines
+from potstill.training.callbacks import FollowScheme, LogLines
 from potstill.training.checkpoints import latest_checkpoint
 from potstill.training.trainer import DistillationTrainer, ready_batch
 
@@ -83,13 +83,17 @@ class Run:
             PotstillError: the recipe asks for what cannot be.
         """
         state = PartialState()
+        if self.folder.path.exists() and not self.folder.path.is_dir():
+            raise RunError(f"expected a folder for the run, and {self.folder.path} is a file; choose --output")
         with self.folder.locked() if state.is_main_process else nullcontext():
             if state.is_main_process:
                 self.folder.claim(self.tree)
             state.wait_for_everyone()
             if self.folder.is_done("evaluate"):
                 return self.metrics()
-            for name in self.recipe.all_teachers:
+            for name, spec in self.recipe.all_teachers.items():
+                if build.is_random(spec):
+                    self._note(f"the teacher '{name}' is neither trained nor given weights: it teaches noise")
                 self._step(name, partial(self._teach, name))
             if self._has_baseline:
                 self._step("baseline", self._baseline)
@@ -161,6 +165,10 @@ class Run:
         self._check_teacher_labels(name, spec)
         model = build.make_blueprint(spec).build(self.task.facts(), seed=self.recipe.seed, allow_code=self.allow_code)
         if spec.train is not None:
+            if self._label not in self.splits.train.column_names:
+                raise TrainingError(
+                    f"the training split has no labels to train the teacher '{name}' on; give `weights`"
+                )
             self._train(name, model, spec.train, build.supervised_objective(self.task))
         self._save(name, model, spec)
         if spec.train is not None and PartialState().is_main_process:
@@ -195,7 +203,8 @@ class Run:
         scheme.setup(self.student(), teachers)
         model = scheme.learners()["student"]
         source = scheme.sources(Progress()).get("teacher")
-        self._train("distilled", model, self.recipe.train, self.objective, teacher=source)
+        follow = FollowScheme(scheme)
+        self._train("distilled", model, self.recipe.train, self.objective, teacher=source, callbacks=[follow])
         self._save("distilled", model, self.recipe.student)
 
     def _source(self, name: str, taps: list[str]) -> Live:
@@ -209,10 +218,11 @@ class Run:
         Raises:
             RunError: there is no such split.
         """
-        table = getattr(self.splits, split, None) if split in ("train", "validation", "test") else None
-        if table is None:
-            raise RunError(f"there is no split '{split}'; {did_you_mean(split, ('train', 'validation', 'test'))}")
-        return self._judge(table, split)[0]
+        names = ("train", "validation", "test")
+        tables = {name: getattr(self.splits, name) for name in names if getattr(self.splits, name) is not None}
+        if split not in tables:
+            raise RunError(f"there is no split '{split}'; {did_you_mean(split, tables)}")
+        return self._judge(tables[split], split)[0]
 
     def _evaluate(self) -> None:
         """Judge every model on the test split, which is read once, and write ``metrics.json``."""
@@ -236,8 +246,8 @@ class Run:
         first = next(iter(self.recipe.all_teachers), None)
         found = {}
         for name, role in roles.items():
-            own = answers[name].logits
-            same = None if first is None or first == name else agreement(own, answers[first].logits)
+            own = self.task.answers(answers[name].logits)
+            taught = None if first is None or first == name else self.task.answers(answers[first].logits)
             found[name] = ModelMetrics.model_validate(
                 {
                     "role": role,
@@ -245,7 +255,7 @@ class Run:
                     "parameters": parameters(models[name]),
                     "bytes": bytes_on_disk(self.model_folder(name)),
                     "latency_ms": timed[name],
-                    "agreement": same,
+                    "agreement": None if taught is None else agreement(own, taught),
                 }
             )
         return self._summary(found, answers, first, split), answers
@@ -294,9 +304,18 @@ class Run:
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def _train(self, name: str, model: nn.Module, spec: TrainSpec, objective: Objective, teacher: Any = None) -> None:
+    def _train(
+        self,
+        name: str,
+        model: nn.Module,
+        spec: TrainSpec,
+        objective: Objective,
+        *,
+        teacher: TeacherSource | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
         """Train a model on the training split; goes on from the last whole checkpoint."""
-        checkpoints = self.folder / f"checkpoints/{name}"
+        checkpoints = (self.folder / f"checkpoints/{name}").absolute()  # Trainer notes where the best one is
         build.apply_dropout(model, spec.dropout)
         validation = self.splits.validation
         setup = build.make_training(
@@ -317,7 +336,7 @@ class Run:
             eval_dataset=None if validation is None else self.task.dataset(validation, training=False, seed=0),
             data_collator=ready_batch,
             compute_metrics=self._compute_metrics,
-            callbacks=setup.callbacks,
+            callbacks=[*setup.callbacks, *callbacks],
             **setup.keywords,
         )
         trainer.remove_callback(PrinterCallback)
@@ -371,6 +390,8 @@ class Run:
         state = PartialState()
         state.wait_for_everyone()
         if self.folder.is_done(name):
+            if state.is_main_process:
+                self.folder.clear(f"checkpoints/{name}")  # of a run that was killed before it could
             return
         self._event("begin", step=name)
         if name != "evaluate" or state.is_main_process:

@@ -7,17 +7,19 @@ called once the trainer exists. Those with a state are ``ExportableState`` and s
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
+import datasets
 import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 
-from potstill.data.batching import batches
 from potstill.errors import TrainingError
+from potstill.interfaces import Scheme
 from potstill.registry import callbacks
 
 logger = logging.getLogger("potstill")
@@ -56,6 +58,8 @@ class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]  # transformer
         if args.eval_strategy == "no":
             raise TrainingError("early_stopping needs a validation split with labels, and there is none")
         super().on_train_begin(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True  # the checkpoint gone on from is the one at which it stopped
 
     def state(self) -> dict[str, Any]:
         """Return what a resume needs."""
@@ -129,6 +133,30 @@ class MaxNorm(TrainerCallback):  # type: ignore[misc]
                     module.weight.renorm_(2, 0, self.bound)
 
 
+class FollowScheme(TrainerCallback):  # type: ignore[misc]
+    """Ask a scheme before every step who teaches, and tell it after every step how far the training is.
+
+    Args:
+        scheme: see :class:`potstill.interfaces.Scheme`.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self._trainer: Any = None
+
+    def bind(self, trainer: Any) -> None:
+        """Take the trainer, whose teacher the scheme chooses."""
+        self._trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the source that is active now teach."""
+        self._trainer.teacher = self.scheme.sources(self._trainer.progress).get("teacher")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the scheme act, such as by updating a moving average."""
+        self.scheme.after_step(self._trainer.progress)
+
+
 class LogLines(TrainerCallback):  # type: ignore[misc]
     """Write what is logged as a line of potstill's log, in place of Trainer's bare dictionaries.
 
@@ -168,6 +196,18 @@ def _best(metric: str, greater_is_better: bool | None) -> Mapping[str, Any]:
 
 @torch.no_grad()
 def _argmax(trainer: Any, answer: Any) -> Any:
-    size = trainer.args.per_device_eval_batch_size
-    found = [answer(trainer._prepare_inputs(b))["logits"].argmax(-1).cpu() for b in batches(trainer.eval_dataset, size)]
+    """What a model answers on the validation split; with several teachers, the first of them."""
+    found = []
+    for batch in _validation(trainer):
+        signals = answer(trainer._prepare_inputs(batch))
+        logits = next(value for name, value in signals.items() if name.split("/")[-1] == "logits")
+        found.append(logits.argmax(-1).cpu())
     return torch.cat(found).numpy()
+
+
+def _validation(trainer: Any) -> Iterator[Any]:
+    """Yield the validation split whole, on every process, without a draw from the global generator."""
+    held, size = trainer.eval_dataset, trainer.args.per_device_eval_batch_size
+    for each in held.values() if isinstance(held, Mapping) else [held]:
+        table = trainer._remove_unused_columns(each) if isinstance(each, datasets.Dataset) else each
+        yield from DataLoader(table, size, collate_fn=trainer.data_collator, generator=torch.Generator())

@@ -71,6 +71,8 @@ def check_choice(
     if kind == "scheduler":
         target = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(choice.name)]
         return check_options(target, choice.options, label=label, path=path, reserved=_FROM_TRAINER)
+    if choice.options and choice.name.startswith("adamw_torch"):  # Trainer would leave them out without a word
+        return [Problem((*path, name), f"{label} takes no options", "use AdamW") for name in choice.options]
     return []
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
-from potstill.errors import TrainingError
+from potstill.errors import TrainingError, did_you_mean
 from potstill.interfaces import IGNORED, Batch, Progress, Signals, TeacherSource
 from potstill.losses.objective import Objective, clamp_counts, default_objective
 from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
@@ -170,10 +170,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
 
     # ---- optimizer ------------------------------------------------------------------------------------------------
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *model: nn.Module) -> torch.optim.Optimizer:
         """Make the optimizer, with a group of their own for the projectors if they have a learning rate."""
         fresh = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*model)
         if fresh and self._projector_learning_rate is not None:
             own = {id(p) for p in self.distillation_module.objective.parameters()}
             _split_groups(optimizer, own, self._projector_learning_rate)
@@ -191,8 +191,23 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; projectors that wait for their sizes are made first, by a dry run on one batch."""
         self.materialize()
-        self._parts, self._parts_seen, self._parts_since = {}, 0, 0
+        self._parts, self._parts_seen = {}, 0
         return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch; nothing where the checkpoint gone on from was the last: Trainer would do one more step."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Return whether this evaluation is the best so far."""
+        wanted = self.args.metric_for_best_model
+        known = [name.removeprefix("eval_") for name in metrics]
+        if wanted is not None and wanted.removeprefix("eval_") not in known:
+            raise TrainingError(f"no evaluation gives the metric '{wanted}'; {did_you_mean(wanted, known)}")
+        return bool(super()._determine_best_metric(metrics, trial))
 
     def materialize(self) -> None:
         """Size the objective's projectors by one dry run of teacher and student; nothing if there are none."""
@@ -266,10 +281,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
                 logs[f"loss/{name}"] = float(self.accelerator.reduce(value / divisor, "mean"))
             for name, term in self.distillation_module.objective.named_terms():
                 logs |= {f"{key}/{name}": value for key, value in term.ramps(self.progress).items()}
-            self._parts, self._parts_seen, self._parts_since = {}, 0, self.state.global_step
+            self._parts, self._parts_seen = {}, 0
         super().log(logs, *args, **kwargs)
 
     def _record(self, parts: Mapping[str, Tensor]) -> None:
+        if not self._parts_seen:
+            self._parts_since = self.state.global_step  # that of the checkpoint after a resume
         self._parts_seen += 1
         for name, value in parts.items():
             known = self._parts.get(name)
