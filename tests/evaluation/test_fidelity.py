@@ -23,15 +23,13 @@ def test_retention_above_chance():
     assert retention_above_chance(0.9, 0.8, 0.85) is None
 
 
-def test_agreement_is_about_the_answers_not_the_logits():
-    first = np.array([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0], [0.0, 0.1, 0.2], [9.0, 0.0, 0.0]])
-    second = np.array([[0.2, 0.1, 0.0], [3.0, 1.0, 0.0], [-9.0, -8.0, -1.0], [1.0, 0.9, 0.0]])
+def test_agreement_is_the_share_of_equal_answers():
+    first, second = np.array([0, 1, 2, 0]), np.array([0, 0, 2, 0])
     assert agreement(first, second) == 0.75
     assert agreement(first, first) == 1.0
 
 
 def test_agreement_of_answers_for_each_token():
-    first, second = np.zeros((2, 3, 4)), np.zeros((2, 3, 4))
-    first[..., 1] = second[..., 1] = 1.0
-    second[0, 0, 2] = 9.0
+    first, second = np.ones((2, 3), dtype=int), np.ones((2, 3), dtype=int)
+    second[0, 0] = 2
     assert agreement(first, second) == pytest.approx(5 / 6)

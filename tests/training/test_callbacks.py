@@ -374,7 +374,8 @@ class TestLoggedTerms:
             said, taught = student(data["features"]).double(), teacher(data["features"]).double()
         values: list[dict[str, float]] = []
         for step in range(self.STEPS):
-            ids = torch.tensor(sum(heard[step * self.ACCUMULATION : (step + 1) * self.ACCUMULATION], []))
+            batches = heard[step * self.ACCUMULATION : (step + 1) * self.ACCUMULATION]
+            ids = torch.tensor([sample for batch in batches for sample in batch])
             done = step / self.STEPS
             temperature, weight = 4 - 2 * done, 1 - done
             log_student = F.log_softmax(said[ids] / temperature, -1)
@@ -407,7 +408,7 @@ class TestLoggedTerms:
         assert not any(name.startswith("weight/hard") for line in found for name in line)  # it does not change
 
     def test_a_resumed_run_logs_the_same_figures(self, tmp_path: Path) -> None:
-        """Divided by the steps since the start rather than the checkpoint, the first line was several times too small."""
+        """Divided by the steps since the start and not since the checkpoint, the first line would be far too small."""
         heard: list[list[int]] = []
         whole = self.trainer(tmp_path / "whole", heard)
         whole.train()

@@ -25,10 +25,10 @@ def retention_above_chance(student: float, teacher: float, chance: float) -> flo
 
 
 def agreement(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Return the share of samples for which two models give the same answer, in all its parts.
+    """Return the share of answers that two models give alike.
 
     Args:
-        first: one model's answers ``[N, ...]``, e.g. classes; see ``Task.answers``.
+        first: one model's answers ``[N, ...]``, e.g. a class a sample or a token; see ``Task.answers``.
         second: the other's on the same samples.
     """
-    return float(np.mean((first == second).reshape(len(first), -1).all(-1)))
+    return float(np.mean(first == second))
