@@ -16,6 +16,7 @@ from potstill.knowledge.alignment import make_projector
 from potstill.losses.divergence import kl
 from potstill.losses.objective import Objective, Term, clamp_counts, default_objective
 from potstill.losses.ramps import Ramp
+from potstill.registry import losses
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -138,11 +139,34 @@ def test_a_mask_by_name_or_function_wins_over_the_choice():
     torch.testing.assert_close(by_function(*signals, batch).total, expected[1])
 
 
-def test_hard_terms_on_probabilities_count_every_sample():
-    student = randn(3, 4, seed=12)
-    batch = batch_of(3, labels=torch.full((3, 4), 0.25).double())
-    found = Objective({"hard": Term("cross_entropy")})({"logits": student}, {}, batch).total
-    torch.testing.assert_close(found, F.cross_entropy(student, batch["labels"]))
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_probabilities_count_where_there_are_any(smoothing):
+    """Mixup writes a row of zeros for an unlabelled pair; smoothed, it would pull the student to uniform answers."""
+    student = randn(4, 4, seed=12).requires_grad_()
+    labels = torch.tensor([[0.3, 0.7, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0.25] * 4], dtype=torch.float64)
+    known = [0, 2, 3]
+    objective = Objective({"hard": Term("cross_entropy", label_smoothing=smoothing)})
+    batch = batch_of(4, labels=labels)
+    assert int(objective.counts(batch)["hard"]) == 3
+    found = objective({"logits": student}, {}, batch).total
+    torch.testing.assert_close(found, F.cross_entropy(student[known], labels[known], label_smoothing=smoothing))
+    found.backward()
+    assert (student.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2)])
+def test_numbers_as_labels_all_count(shape):
+    """Targets of a regression are negative or 0 as well; taken for empty rows their samples would be left out."""
+
+    def squared(student: Tensor, *, labels: Tensor) -> Tensor:
+        return (student - labels).square().flatten(1).mean(1) if labels.ndim > 1 else (student - labels).square()
+
+    student, labels = randn(*shape, seed=13), -randn(*shape, seed=14).abs()
+    labels[0] = 0
+    batch = batch_of(4, labels=labels)
+    objective = Objective({"hard": Term(squared)})
+    assert int(objective.counts(batch)["hard"]) == 4
+    torch.testing.assert_close(objective({"logits": student}, {}, batch).total, F.mse_loss(student, labels))
 
 
 def test_values_beyond_the_mask_are_averaged():
@@ -354,6 +378,18 @@ def test_a_loss_with_a_memory_is_a_module(loss):
     batch = {"sample_id": torch.tensor([7, 2])}
     expected = (3 * (student - teacher).sum(-1) + torch.tensor([7.0, 2.0])).mean()
     torch.testing.assert_close(objective({"logits": student}, {"logits": teacher}, batch).total, expected)
+
+
+@pytest.mark.parametrize("as_instance", [False, True])
+def test_a_registered_module_keeps_its_facts(monkeypatch, as_instance):
+    """Without them a loss that couples the batch is taken for one value a sample, and its formula is lost."""
+    monkeypatch.setitem(losses._entries, "memory", Memory)
+    monkeypatch.setitem(losses._facts, "memory", {"per": "batch", "formula": "M({student}, {scale})"})
+    term = Term(Memory(1.0) if as_instance else "memory")
+    assert term.per == "batch"
+    assert term.any_shape
+    if not as_instance:
+        assert term.describe() == "1.0 · M(student.logits, 1)"
 
 
 def test_the_fixed_options_of_a_module_cannot_be_ramps():

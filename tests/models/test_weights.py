@@ -94,6 +94,21 @@ def test_missing_left_over_and_other_shapes_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda state: state.pop("2.weight"), "'2.weight' is missing"),
+        (lambda state: state.pop("1.running_mean"), "'1.running_mean' is missing"),
+        (lambda state: state.update(extra=torch.zeros(2)), "'extra' is left over"),
+    ],
+)
+def test_each_of_them_alone_is_refused(tmp_path, change, message):
+    save_student(net(), tmp_path)
+    rewrite(tmp_path / "model.safetensors", change)
+    with pytest.raises(ModelError, match=message):
+        load_student(net(seed=1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (lambda state: state.pop("classifier.weight"), "'classifier.weight' is missing"),
         (lambda state: state.update(extra=torch.zeros(2)), "'extra' is left over"),
         (

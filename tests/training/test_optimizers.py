@@ -75,9 +75,7 @@ class TestOptions:
             ("scheduler", {"name": "cosine", "num_warmup_steps": 2}, ("num_warmup_steps",), "no option"),
         ],
     )
-    def test_each_mistake_has_its_path(
-        self, kind: str, component: Any, path: tuple[str, ...], message: str
-    ) -> None:
+    def test_each_mistake_has_its_path(self, kind: str, component: Any, path: tuple[str, ...], message: str) -> None:
         """Trainer leaves an option that it does not know out without a word."""
         (problem,) = check_choice(kind, component, (kind,), allow_code=False)
         assert problem.path == (kind, *path)
@@ -171,7 +169,9 @@ class TestOptimizer:
 
     def test_decay_shrinks_the_weights_by_the_formula(self, tmp_path: Path) -> None:
         """Plain SGD on a loss without gradient: after n steps a weight is (1 − rate · decay)ⁿ of itself."""
-        made = trainer(tmp_path, optimizer="SGD", scheduler="constant", learning_rate=0.5, weight_decay=0.1, max_steps=3)
+        made = trainer(
+            tmp_path, optimizer="SGD", scheduler="constant", learning_rate=0.5, weight_decay=0.1, max_steps=3
+        )
         for _, term in made.distillation_module.objective.named_terms():
             term.weight = 0.0 if not term.hard else 1e-30
         before = made.distillation_module.student.head.weight.detach().clone()
@@ -301,5 +301,5 @@ class TestArguments:
 
     def test_what_transformers_refuses_is_a_users_mistake(self, tmp_path: Path) -> None:
         spec = TrainSpec(callbacks=["early_stopping"], save_steps=0.07)
-        with pytest.raises(TrainingError, match="train: .*multiple"):
+        with pytest.raises(TrainingError, match=r"train: .*multiple"):
             make_training(spec, folder=tmp_path, seed=0, bars=False, evaluates=True)

@@ -72,7 +72,9 @@ class Term(nn.Module):
         self.loss = target
         call = target.forward if isinstance(target, nn.Module) else target
         self._accepts = frozenset(inspect.signature(call).parameters)
-        facts = losses.facts(losses.name_of(target))
+        component = type(target) if isinstance(target, nn.Module) else target
+        facts = losses.facts(losses.name_of(self.factory or component))
+        self.probabilities = bool(facts.get("probabilities", False))
         self.per = getattr(target, "per", facts.get("per", "position"))
         self.any_shape = bool(facts.get("any_shape", False)) or self.per == "batch"
         self.formula: str | None = facts.get("formula")
@@ -139,7 +141,7 @@ class Term(nn.Module):
             return _as_bool(batch[self.mask])
         labels = batch.get("labels")
         if self.hard:
-            return None if labels is None else _labelled(labels)
+            return None if labels is None else _labelled(labels, self.probabilities)
         if _TOKEN_SIGNAL.search(self.student[0]):
             return _as_bool(batch.get("attention_mask"))
         if response_mask is not None:
@@ -376,9 +378,11 @@ def _as_bool(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask != 0
 
 
-def _labelled(labels: Tensor) -> Tensor:
-    """The positions that have a label: an id other than −100, or class probabilities that are not all 0."""
-    return labels.sum(-1) > 0 if labels.is_floating_point() else labels != IGNORED
+def _labelled(labels: Tensor, probabilities: bool) -> Tensor | None:
+    """The positions that have a label: an id other than −100, class probabilities that are not all 0, any number."""
+    if not labels.is_floating_point():
+        return labels != IGNORED
+    return labels.sum(-1) > 0 if probabilities else None
 
 
 def _batch_size(batch: Batch) -> int:

@@ -14,7 +14,7 @@ from potstill.losses.divergence import at_least_fp32
 from potstill.registry import losses
 
 
-@losses.register("cross_entropy", per="position", formula="CE(labels, softmax({student}))")
+@losses.register("cross_entropy", per="position", formula="CE(labels, softmax({student}))", probabilities=True)
 def cross_entropy(
     student: Tensor, *, labels: Tensor, label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 ) -> Tensor:
@@ -22,7 +22,8 @@ def cross_entropy(
 
     Args:
         student: logits ``[..., C]``.
-        labels: class ids ``[...]``, −100 where there is none, or class probabilities ``[..., C]`` (mixup).
+        labels: class ids ``[...]``, −100 where there is none, or class probabilities ``[..., C]`` (mixup), all 0
+            where there is none.
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1).
 
     Returns:
