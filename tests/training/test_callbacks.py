@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ from potstill.training.trainer import DistillationTrainer, ready_batch
 from tests.training.tiny import arguments, flat, pairs
 from tests.training.tiny import student as bert_student
 from tests.training.tiny import teacher as bert_teacher
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """Every training begins with a full garbage collection, which need not look through all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def rows(count: int = 16, *, unlabelled: int = 0) -> InMemory:

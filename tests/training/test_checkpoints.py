@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,14 @@ from potstill.training import trainer as engine
 from potstill.training.checkpoints import MARKER, is_complete, latest_checkpoint, mark_complete, rotate
 from potstill.training.trainer import DistillationTrainer, ready_batch
 from tests.training.tiny import arguments, flat
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """Every training begins with a full garbage collection, which need not look through all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from potstill.recipe.schema import TrainSpec
 from potstill.training.optimizers import check_choice, find_optimizer, find_scheduler, make_scheduler
 from potstill.training.trainer import DistillationTrainer, ready_batch
 from tests.training.tiny import flat
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """Every training begins with a full garbage collection, which need not look through all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class TestNames:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ from potstill.models.plain import Mlp
 from potstill.training.checkpoints import latest_checkpoint
 from potstill.training.trainer import DistillationTrainer, ready_batch
 from tests.training.tiny import arguments, flat, pairs, relative, student, teacher
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """Every training begins with a full garbage collection, which need not look through all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def rows(count: int = 24, *, labels: bool = True, unlabelled: int = 0) -> InMemory:

@@ -31,7 +31,12 @@ def clear(
     days: Annotated[float, typer.Option(min=0, help="Only what was not used for this many days.")] = 0.0,
 ) -> None:
     """Delete what is in the cache; what a run still needs is made again."""
+    from potstill.errors import RunError, did_you_mean
     from potstill.runs.cache import Cache
 
-    freed = Cache().clear(kind, older_than_s=days * 86400)
+    cache = Cache()
+    kinds = {"teachers", *(entry.kind for entry in cache.entries())}
+    if kind is not None and kind not in kinds:
+        raise RunError(f"the cache holds no '{kind}'; {did_you_mean(kind, kinds)}")
+    freed = cache.clear(kind, older_than_s=days * 86400)
     typer.echo(f"freed {freed / 2**20:.2f} MiB")

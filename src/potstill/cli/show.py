@@ -10,13 +10,12 @@ from potstill.cli.options import AllowCode, OverridesArgument, RecipeArgument, s
 def show(recipe: RecipeArgument, overrides: OverridesArgument = None, allow_code: AllowCode = False) -> None:
     """Print the resolved recipe and the exact formula of its objective with its numbers."""
     set_up_logging()
-    import yaml
-
     from potstill.losses.objective import Objective
     from potstill.recipe.build import make_term
     from potstill.recipe.load import load_recipe
+    from potstill.runs.folder import to_yaml
 
     loaded = load_recipe(recipe, overrides or [], allow_code=allow_code)
-    typer.echo(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
+    typer.echo(to_yaml(loaded.model_dump(mode="json")).rstrip())
     objective = Objective({name: make_term(spec) for name, spec in loaded.objective.items()})
     typer.echo("\n# the objective\n" + "\n".join(f"# {line}" for line in objective.describe().splitlines()))

@@ -83,7 +83,7 @@ class RunFolder:
                 shown = ", ".join(keys[:5])
                 raise RunError(f"{self.path} belongs to another recipe (they differ in {shown}); choose --output")
             return
-        write_text(path, yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+        write_text(path, to_yaml(recipe))
         write_json(self / "environment.json", environment())
 
     def event(self, event: str, **about: Any) -> None:
@@ -120,6 +120,12 @@ class RunFolder:
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
+
+
+def to_yaml(tree: Any) -> str:
+    """Return plain data as YAML that a recipe's loader reads back as it was."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def write_text(path: Path, text: str) -> None:
