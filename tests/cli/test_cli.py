@@ -607,7 +607,8 @@ class TestTwoProcesses:
         def interrupted(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("potstill.recipe.load.load_recipe", interrupted)
-        said = potstill("show", str(recipe))
-        assert said.status == 130
-        assert "Traceback" not in said.err
+        monkeypatch.setattr("potstill.runs.steps.Run.execute", interrupted)
+        for seeds in ("1", "2"):
+            said = potstill("distill", str(recipe), "--seeds", seeds)
+            assert (said.status, said.out) == (130, "")
+            assert said.err == "stopped; the same command goes on where it was\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from potstill.errors import RunError
 from potstill.experiments.seeds import SeedSummary, run_seeds, seed_overrides, summarise
 from potstill.runs.metrics import Estimate, ModelMetrics, RunMetrics
 
@@ -122,3 +123,10 @@ def test_one_seed_has_no_interval(tmp_path):
 def test_only_the_seed_changes():
     """The split must stay the same: else the spread is that of the split as well."""
     assert seed_overrides(4) == ["seed=4"]
+
+
+def test_the_folder_of_a_single_run_is_not_filled_with_others(tmp_path: Path) -> None:
+    (tmp_path / "recipe.resolved.yaml").write_text("name: one\n")
+    with pytest.raises(RunError, match="single run"):
+        run_seeds("one", 0, 2, str(tmp_path), lambda *_: pytest.fail("a run began"), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.resolved.yaml"]

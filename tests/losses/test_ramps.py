@@ -76,7 +76,7 @@ def test_from_a_recipe():
     made = as_number({"from": 1.0, "to": 0.5, "shape": "cosine", "begin": 0.1, "end": 0.9})
     assert made == Ramp(1.0, 0.5, "cosine", 0.1, 0.9)
     assert as_number({"from": 2, "to": 1}) == Ramp(2, 1)
-    for other in (0.3, "linear", None, [1, 2], {"from": 1.0}, {"size": 3}):
+    for other in (0.3, "linear", None, [1, 2], {"size": 3}):
         assert as_number(other) is other
 
 
@@ -87,7 +87,7 @@ def test_an_unknown_key_of_a_ramp_names_the_nearest():
 
 def test_what_a_ramp_is():
     assert is_ramp({"from": 1, "to": 2})
-    assert not is_ramp({"from": 1})
+    assert is_ramp({"from": 1})
     assert not is_ramp(1.0)
 
 
@@ -102,3 +102,12 @@ def test_at_resolves_ramps_and_callables_and_leaves_the_rest():
 def test_how_a_ramp_is_shown():
     assert str(Ramp(1.0, 0.0)) == "(1→0 linear)"
     assert str(Ramp(4, 1, "cosine", 0.25, 0.75)) == "(4→1 cosine over 0.25–0.75 of the training)"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [({"from": 8, "too": 1}, "did you mean 'to'"), ({"from": 8}, "needs `from`")]
+)
+def test_a_half_written_ramp_is_named_as_one(value, said):
+    """Told that a number is expected, a person would think that ramps are not allowed here."""
+    with pytest.raises(ObjectiveError, match=said):
+        as_number(value)

@@ -149,8 +149,8 @@ BAD: list[tuple[str, dict[str, Any], tuple, str]] = [
         ("objective", "soft", "weight"),
         "no ramp shape 'cosin'; did you mean 'cosine'?",
     ),
-    ("half a ramp", soft(weight={"from": 1}), ("objective", "soft", "weight"), "`{from: …, to: …}`, got {'from': 1}"),
-    ("half a ramp of an option", soft(temperature={"from": 4}), ("objective", "soft", "temperature"), "valid number"),
+    ("half a ramp", soft(weight={"from": 1}), ("objective", "soft", "weight"), "`from` and `to`, got {'from': 1}"),
+    ("half a ramp of an option", soft(temperature={"from": 4}), ("objective", "soft", "temperature"), "needs `from`"),
     (
         "text in a ramp",
         soft(weight={"from": "a", "to": 1}),

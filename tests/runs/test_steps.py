@@ -30,7 +30,7 @@ from potstill.recipe import build
 from potstill.recipe.dry_run import dry_run
 from potstill.recipe.load import load_recipe, recipe_from
 from potstill.recipe.schema import Recipe
-from potstill.runs import steps
+from potstill.runs import folder, steps
 from potstill.runs.cache import Cache
 from potstill.runs.folder import RunFolder
 from potstill.runs.metrics import RunMetrics
@@ -219,6 +219,11 @@ class TestFolder:
         with pytest.raises(RunError, match="is a file; choose --output"):
             Run(recipe(), tmp_path / "x").execute()
 
+    def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "x").write_text("")
+        with pytest.raises(RunError, match=r"cannot be made: .*; choose --output"):
+            Run(recipe(), tmp_path / "x/run").execute()
+
     def test_a_second_process_is_refused(self, tmp_path: Path) -> None:
         with RunFolder(tmp_path).locked(), pytest.raises(RunError, match="in use by process"):
             Run(recipe(), tmp_path, bars=False).execute()
@@ -390,6 +395,7 @@ class TestCache:
             ({"seed": 4}, "another start and order"),
             ({"data__seed": 43}, "other rows to learn from"),
             ({"data__limit": {"train": 64}}, "fewer rows"),
+            ({"data__limit": {"validation": 8}}, "other rows to choose the best weights by"),
             ({"data__augment": [{"noise": {"std": 0.1}}]}, "other views"),
             ({"teacher__train__epochs": 3}, "longer"),
             ({"teacher__train__batch_size": 16}, "other batches"),
@@ -591,14 +597,20 @@ POINTS = {
 class TestKilled:
     """Three models, early stopping, a projector, dropout, augmentation, and a training that ends within an epoch."""
 
-    def asked(self) -> Recipe:
+    def asked(self, metric: str = "loss") -> Recipe:
+        """By ``loss`` the best weights are the last, by ``accuracy`` earlier ones."""
         hint = {"loss": "mse", "student": "body.1", "teacher": "body.1", "project": "linear"}
-        own = {"callbacks": [{"early_stopping": {"patience": 50}}], "save_steps": 1, "eval_steps": 1, "epochs": 1.5}
+        own = {
+            "callbacks": [{"early_stopping": {"metric": metric, "patience": 50}}],
+            "save_steps": 1,
+            "eval_steps": 1,
+            "epochs": 1.5,
+        }
         return recipe(
             objective__hint=hint,
             data__augment=[{"noise": {"std": 0.1}}],
             train={**TREE["train"], **own},
-            teacher__train={"epochs": 1.5, "batch_size": 32, "save_steps": 1, "eval_steps": 1, "dropout": None},
+            teacher__train={"epochs": 1.5, "batch_size": 32, "save_steps": 1, "eval_steps": 1, "scheduler": "constant"},
         )
 
     @pytest.fixture(scope="class")
@@ -673,6 +685,29 @@ class TestKilled:
         assert training[-1]["resumed_from"] == newest.name
         assert_equal(results(run), alone)
 
+    def test_while_the_teacher_is_copied_from_the_cache(
+        self, tmp_path: Path, alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache = Cache(tmp_path / "cache")
+        execute(self.asked(), tmp_path / "first", cache)
+        with monkeypatch.context() as patch:
+            at(shutil, "copytree", after=True)(patch)
+            with pytest.raises(Killed):
+                execute(self.asked(), tmp_path / "run", cache)
+        run = execute(self.asked(), tmp_path / "run", cache)
+        assert ("reused", "teacher") in events(run)
+        assert_equal(results(run), alone)
+        assert not list(run.folder.path.rglob("*.tmp"))
+
+    def test_while_the_folder_is_claimed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the figures depend on is written once; a claim without it would never get it."""
+        with monkeypatch.context() as patch:
+            at(folder, "write_text", turn=2, after=True)(patch)
+            with pytest.raises(Killed):
+                execute(recipe(), tmp_path / "run")
+        run = execute(recipe(), tmp_path / "run")
+        assert (run.folder / "environment.json").exists()
+
     def test_killed_again_and_again(
         self, tmp_path: Path, alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -689,20 +724,23 @@ class TestKilled:
         assert deaths >= 4
         assert_equal(results(Run(self.asked(), tmp_path / "run")), alone)
 
-    def test_from_another_working_directory(
-        self, tmp_path: Path, alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_from_another_working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Trainer notes where the best checkpoint lies; a relative note would be lost, and the last weights kept."""
+        alone = execute(self.asked("accuracy"), tmp_path / "alone")
+        history = json.loads((alone.folder / "history/distilled.json").read_text())
+        scores = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry]
+        assert scores.index(max(scores)) < len(scores) - 1
         (tmp_path / "a/b").mkdir(parents=True)
         monkeypatch.chdir(tmp_path / "a")
+        cache = Cache(tmp_path / "cache")
         with monkeypatch.context() as patch:
             at(Run, "_save", turn=3)(patch)
             with pytest.raises(Killed):
-                Run(self.asked(), "run", bars=False, cache=Cache(tmp_path / "cache")).execute()
+                Run(self.asked("accuracy"), "run", bars=False, cache=cache).execute()
         monkeypatch.chdir(tmp_path / "a/b")
-        run = Run(self.asked(), "../run", bars=False, cache=Cache(tmp_path / "cache"))
+        run = Run(self.asked("accuracy"), "../run", bars=False, cache=cache)
         run.execute()
-        assert_equal(results(run), alone)
+        assert_equal(results(run), results(alone))
 
 
 def test_a_factory_of_ones_own_gives_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

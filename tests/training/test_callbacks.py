@@ -448,19 +448,29 @@ class TestLoggedTerms:
         assert all("loss/hard" in line and "weight/soft" in line for line in self.lines(trainer))
 
 
-def test_log_lines_say_what_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One line an evaluation at info level, one a loss at debug level, and none of Trainer's bare dictionaries."""
-    caplog.set_level(logging.DEBUG, logger="potstill")
-    trainer, _ = scored(tmp_path, [0.25, 0.5], {"best_checkpoint": {"metric": "score"}}, LogLines("distilled"))
-    trainer.train()
-    lines = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "potstill"]
-    evaluations = [text for level, text in lines if level == "INFO"]
-    assert [text.split(": ")[:2] for text in evaluations] == [
-        ["distilled", "step 1 of 2"],
-        ["distilled", "step 2 of 2"],
-    ]
-    assert "score 0.25" in evaluations[0]
-    assert "runtime" not in evaluations[0]
-    losses = [text for level, text in lines if level == "DEBUG"]
-    assert "loss/soft" in losses[0]
-    assert "loss/hard" in losses[0]
+def logged(caplog: pytest.LogCaptureFixture, level: str) -> list[str]:
+    return [r.getMessage() for r in caplog.records if (r.name, r.levelname) == ("potstill", level)]
+
+
+class TestLogLines:
+    def test_they_say_what_is_trained(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """One line an evaluation at info level, one a loss at debug level, and none of Trainer's bare dictionaries."""
+        caplog.set_level(logging.DEBUG, logger="potstill")
+        trainer, _ = scored(tmp_path, [0.5, 0.25], {"best_checkpoint": {"metric": "score"}}, LogLines("distilled"))
+        trainer.train()
+        first, second, kept = logged(caplog, "INFO")
+        assert first.startswith("distilled: step 1 of 2: ")
+        assert second.startswith("distilled: step 2 of 2: ")
+        assert "score 0.5" in first
+        assert "runtime" not in first
+        assert kept == "distilled: keeps the weights of step 1 (score 0.5)"
+        assert {"loss/soft", "loss/hard"} <= set(logged(caplog, "DEBUG")[0].replace(",", "").split())
+
+    def test_a_training_that_stopped_early_says_so(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, logger="potstill")
+        component = {"early_stopping": {"metric": "score", "patience": 3}}
+        scored(tmp_path, SCORES, component, LogLines("teacher"))[0].train()
+        assert logged(caplog, "INFO")[-2:] == [
+            "teacher: stopped early, at step 5 of 8",
+            "teacher: keeps the weights of step 2 (score 0.7)",
+        ]

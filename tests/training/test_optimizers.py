@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,13 @@ class TestArguments:
         spec = TrainSpec(callbacks=["early_stopping"], save_steps=0.07)
         with pytest.raises(TrainingError, match=r"train: .*multiple"):
             make_training(spec, folder=tmp_path, seed=0, bars=False, evaluates=True)
+
+    def test_a_diverged_training_is_logged_as_one(self, tmp_path: Path) -> None:
+        """Trainer's own default logs the mean of the losses before in the place of every NaN."""
+        made = trainer(tmp_path, logging_steps=1, max_steps=2)
+        with torch.no_grad():
+            made.distillation_module.student.head.weight.fill_(float("nan"))
+        made.train()
+        losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+        assert len(losses) == 2
+        assert all(math.isnan(loss) for loss in losses)

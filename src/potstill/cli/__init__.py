@@ -49,6 +49,3 @@ def main() -> None:
     except PotstillError as error:
         typer.echo(str(error), err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on where it was", err=True)
-        sys.exit(130)

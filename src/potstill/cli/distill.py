@@ -32,14 +32,18 @@ def distill(
     changes = list(overrides or [])
     loaded = load_recipe(recipe, changes, allow_code=allow_code)
     bars = False if quiet else None
-    if seeds == 1:
-        run = Run(loaded, output, allow_code=allow_code, bars=bars)
-        print_run(run.execute(), run.folder.path)
-        return
 
     def one(seed: int, folder: str) -> None:
         varied = load_recipe(recipe, [*changes, *seed_overrides(seed)], allow_code=allow_code)
         Run(varied, folder, allow_code=allow_code, bars=bars).execute()
 
-    summary, folder = run_seeds(loaded.name, loaded.seed, seeds, output, one, loaded.model_dump(mode="json"))
-    print_seeds(summary, folder)
+    try:
+        if seeds == 1:
+            run = Run(loaded, output, allow_code=allow_code, bars=bars)
+            print_run(run.execute(), run.folder.path)
+        else:
+            tree = loaded.model_dump(mode="json")
+            print_seeds(*run_seeds(loaded.name, loaded.seed, seeds, output, one, tree))
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        raise typer.Exit(130) from None

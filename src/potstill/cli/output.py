@@ -56,7 +56,9 @@ def _verdict(metrics: RunMetrics) -> list[str]:
     if metrics.retention is not None:
         above = metrics.retention_above_chance
         share = "" if above is None else f" ({100 * above:.1f} % of what it has above chance)"
-        lines.append(f"the student keeps {100 * metrics.retention:.1f} % of the teacher's {metrics.primary}{share}")
+        teachers = [name for name, model in metrics.models.items() if model.role == "teacher"]
+        whose = "the teacher's" if len(teachers) == 1 else f"the first teacher's ('{teachers[0]}')"
+        lines.append(f"the student keeps {100 * metrics.retention:.1f} % of {whose} {metrics.primary}{share}")
     if metrics.gain is not None:
         gain = metrics.gain
         lines.append(

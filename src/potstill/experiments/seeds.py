@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from potstill.errors import RunError
 from potstill.evaluation.significance import mean_interval
 from potstill.runs.cache import content_hash
 from potstill.runs.folder import write_json
@@ -52,8 +53,13 @@ def run_seeds(
         output: the folder; ``runs/NAME-HASH-seeds`` if omitted.
         run: does one run, given its seed and folder; a finished one is not done again.
         tree: the recipe as plain data, for the folder's name.
+
+    Raises:
+        RunError: the folder holds a single run.
     """
     folder = Path(output) if output else Path("runs") / f"{name}-{content_hash(tree)[:8]}-seeds"
+    if (folder / "recipe.resolved.yaml").exists():
+        raise RunError(f"{folder} holds a single run; choose another --output for several seeds")
     seeds = list(range(first, first + count))
     for seed in seeds:
         run(seed, str(folder / f"seed-{seed}"))

@@ -66,15 +66,15 @@ Number: TypeAlias = float | Ramp | Callable[[Progress], float]
 
 
 def is_ramp(value: Any) -> bool:
-    """Return whether a value of a recipe describes a ramp: a mapping with ``from`` and ``to``."""
-    return isinstance(value, Mapping) and {"from", "to"} <= set(value)
+    """Return whether a value of a recipe means a ramp: a mapping with ``from`` or ``to``."""
+    return isinstance(value, Mapping) and bool({"from", "to"} & set(value))
 
 
 def as_number(value: Any) -> Any:
     """Turn ``{from: 1.0, to: 0.0, shape: cosine}`` into a :class:`Ramp`; leave everything else as it is.
 
     Raises:
-        ObjectiveError: an unknown key in a ramp.
+        ObjectiveError: an unknown or missing key in a ramp.
     """
     if not is_ramp(value):
         return value
@@ -82,6 +82,8 @@ def as_number(value: Any) -> Any:
     for key in value:
         if key not in names:
             raise ObjectiveError(f"a ramp has no key '{key}'; {did_you_mean(str(key), names)}")
+    if not {"from", "to"} <= set(value):
+        raise ObjectiveError(f"a ramp needs `from` and `to`, got {dict(value)}")
     return Ramp(**{names[key]: item for key, item in value.items()})
 
 

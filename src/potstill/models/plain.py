@@ -68,14 +68,14 @@ class ConvNet(nn.Module):
         self,
         in_channels: Size,
         num_labels: Size,
-        widths: list[Size] | None = None,
+        widths: Annotated[list[Size], Field(min_length=1)] | None = None,
         depth: Size = 1,
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()
         stages: list[nn.Module] = []
         channels = in_channels
-        for place, width in enumerate(widths or [16, 32]):
+        for place, width in enumerate([16, 32] if widths is None else widths):
             layers: list[nn.Module] = [nn.MaxPool2d(2)] if place else []
             for _ in range(depth):
                 layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]

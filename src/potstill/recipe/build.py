@@ -16,7 +16,7 @@ from potstill.data.load import Splits, load_splits
 from potstill.errors import DataError, TrainingError
 from potstill.interfaces import Task
 from potstill.losses.objective import Objective, Term
-from potstill.models.load import Blueprint
+from potstill.models.load import Blueprint, read_card
 from potstill.recipe.schema import ModelSpec, Recipe, TeacherSpec, TermSpec, TrainSpec
 from potstill.registry import callbacks, tasks
 from potstill.training.callbacks import MaxNorm
@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "restore_callback_states_from_checkpoint": True,
     "per_device_eval_batch_size": 256,
     "log_level": "error",
+    "logging_nan_inf_filter": False,  # which would log a diverged training as if it went on
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 """Training arguments where a recipe says nothing; fractions are shares of the training."""
@@ -52,6 +53,18 @@ class TrainerSetup:
 def make_task(recipe: Recipe) -> Task:
     """Return the task, not yet fitted to data."""
     task: Task = tasks.get(recipe.task.name)(**recipe.task.options, augment=list(recipe.data.augment))
+    return task
+
+
+def fitted_task(recipe: Recipe, splits: Splits) -> Task:
+    """Return the task, fitted to the training split.
+
+    A transfer set names no classes: then they are those of ``data.labels``, of another split, or of a saved teacher.
+    """
+    task = make_task(recipe)
+    task.fit(splits.train)
+    if not task.label_names:
+        task.label_names = _label_names(recipe, splits)
     return task
 
 
@@ -204,6 +217,18 @@ def make_term(spec: TermSpec) -> Term:
         project=spec.project,
         **spec.options,
     )
+
+
+def _label_names(recipe: Recipe, splits: Splits) -> list[str]:
+    label = str(recipe.task.options.get("label", "label"))
+    tables = [table for table in (splits.validation, splits.test) if table is not None]
+    cards = [read_card(Path(spec.model).expanduser()) for spec in recipe.all_teachers.values()]
+    found = [
+        recipe.data.labels,
+        *(getattr(table.features.get(label), "names", None) for table in tables),
+        *(card["settings"].get("label_names") for card in cards if card is not None),
+    ]
+    return list(next((names for names in found if names), []))
 
 
 def _check_settings(

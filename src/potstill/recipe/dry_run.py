@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from potstill.data.batching import batches
 from potstill.data.load import Splits
+from potstill.errors import TrainingError, did_you_mean
 from potstill.evaluation.cost import parameters
 from potstill.interfaces import Progress
 from potstill.recipe import build
@@ -25,8 +26,7 @@ def dry_run(recipe: Recipe, *, allow_code: bool = True, batch_size: int = 4) -> 
         PotstillError: the first thing that does not fit, with what was expected.
     """
     splits = build.make_splits(recipe, allow_code=allow_code)
-    task = build.make_task(recipe)
-    task.fit(splits.train)
+    task = build.fitted_task(recipe, splits)
     tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     yield "data: " + ", ".join(f"{name} {len(table)}" for name, table in tables.items() if table is not None)
     for note in splits.notes:
@@ -45,7 +45,6 @@ def dry_run(recipe: Recipe, *, allow_code: bool = True, batch_size: int = 4) -> 
         teachers[name] = Live(model, own, forward=task.forward)
         weights = ", random weights" if build.is_random(spec) else ""
         yield f"{name}: {spec.model}, {parameters(model):,} parameters{weights}"
-    _check_training(recipe, splits, {"student": student, **{name: live.model.model for name, live in teachers.items()}})
     batch = next(batches(task.dataset(splits.train, training=True, seed=recipe.seed), batch_size))
     source = Several(teachers) if len(teachers) > 1 else next(iter(teachers.values()), None)
     parts: dict[str, torch.Tensor] = {}
@@ -55,11 +54,17 @@ def dry_run(recipe: Recipe, *, allow_code: bool = True, batch_size: int = 4) -> 
         module.materialize(signals, batch)
         for step in (999, 0):  # late too, for a ramp may begin at 0, where a term is not computed
             parts |= module(signals, progress=Progress(step, 1000), **batch).parts
+    answers = task.answers(task.forward(student, batch)["logits"].detach().numpy())
+    metrics = task.metrics(answers, batch["labels"].numpy()) if "labels" in batch else {}
+    models = {"student": student, **{name: live.model.model for name, live in teachers.items()}}
+    _check_training(recipe, splits, models, ["loss", *metrics])
     for name in filter(parts.__contains__, objective.terms):
         yield f"objective.{name}: {float(parts[name]):.4g} on {len(batch['sample_id'])} samples"
 
 
-def _check_training(recipe: Recipe, splits: Splits, models: Mapping[str, torch.nn.Module]) -> None:
+def _check_training(
+    recipe: Recipe, splits: Splits, models: Mapping[str, torch.nn.Module], metrics: Sequence[str]
+) -> None:
     """Make the settings of every training, so that what cannot be shows now and not after hours."""
     label = str(recipe.task.options.get("label", "label"))
     evaluates = splits.validation is not None and label in splits.validation.column_names
@@ -68,4 +73,9 @@ def _check_training(recipe: Recipe, splits: Splits, models: Mapping[str, torch.n
         if spec is not None:
             build.apply_dropout(models[name], spec.dropout)
             where = Path(tempfile.gettempdir()) / "potstill"
-            build.make_training(spec, folder=where, seed=0, bars=False, evaluates=evaluates, allow_code=True)
+            setup = build.make_training(spec, folder=where, seed=0, bars=False, evaluates=evaluates, allow_code=True)
+            wanted = (setup.arguments.metric_for_best_model or "loss").removeprefix("eval_")
+            if evaluates and wanted not in metrics:
+                raise TrainingError(
+                    f"{name}: no evaluation gives the metric '{wanted}'; {did_you_mean(wanted, metrics)}"
+                )

@@ -83,8 +83,8 @@ class RunFolder:
                 shown = ", ".join(keys[:5])
                 raise RunError(f"{self.path} belongs to another recipe (they differ in {shown}); choose --output")
             return
-        write_text(path, to_yaml(recipe))
         write_json(self / "environment.json", environment())
+        write_text(path, to_yaml(recipe))  # last: it is what makes the folder claimed
 
     def event(self, event: str, **about: Any) -> None:
         """Append one line to ``events.jsonl``; a line that a kill cut off before it is closed first."""

@@ -85,9 +85,15 @@ class Run:
         state = PartialState()
         if self.folder.path.exists() and not self.folder.path.is_dir():
             raise RunError(f"expected a folder for the run, and {self.folder.path} is a file; choose --output")
+        try:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"the run's folder cannot be made: {error}; choose --output") from error
         with self.folder.locked() if state.is_main_process else nullcontext():
             if state.is_main_process:
                 self.folder.claim(self.tree)
+                for left in (self.folder / "models").glob("*.tmp"):  # by a process that was killed
+                    shutil.rmtree(left)
             state.wait_for_everyone()
             if self.folder.is_done("evaluate"):
                 return self.metrics()
@@ -118,9 +124,7 @@ class Run:
     @cached_property
     def task(self) -> Task:
         """The task, fitted to the training split."""
-        task = build.make_task(self.recipe)
-        task.fit(self.splits.train)
-        return task
+        return build.fitted_task(self.recipe, self.splits)
 
     @cached_property
     def objective(self) -> Objective:
@@ -421,7 +425,10 @@ def open_run(folder: Path, *, allow_code: bool = True, bars: bool | None = None)
     """
     resolved = folder / "recipe.resolved.yaml"
     if not resolved.is_file():
-        raise RunError(f"expected the folder of a run, and {folder} has no recipe.resolved.yaml")
+        runs = sorted(path.parent.name for path in folder.glob("*/recipe.resolved.yaml"))
+        hint = f"; it holds the runs {', '.join(runs)}" if runs else ""
+        what = "has no recipe.resolved.yaml" if folder.is_dir() else "is no folder"
+        raise RunError(f"expected the folder of a run, and {folder} {what}{hint}")
     run = Run(load_recipe(resolved, allow_code=allow_code), folder, allow_code=allow_code, bars=bars)
     if not run.folder.is_done("evaluate"):
         raise RunError(f"the run in {folder} is not finished; `potstill distill` goes on with it")

@@ -167,6 +167,14 @@ class LogLines(TrainerCallback):  # type: ignore[misc]
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so where the training ended early, and which weights are kept where they are not the last."""
+        if state.global_step < state.max_steps:
+            logger.info("%s: stopped early, at step %d of %d", self.name, state.global_step, state.max_steps)
+        if args.load_best_model_at_end and state.best_global_step:
+            best = (self.name, state.best_global_step, args.metric_for_best_model, state.best_metric)
+            logger.info("%s: keeps the weights of step %d (%s %.4g)", *best)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Write one line: losses at debug level, evaluations at info level."""
         figures = {k: v for k, v in (logs or {}).items() if isinstance(v, float) and not k.endswith("per_second")}
