@@ -9,6 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import gc
+
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +19,14 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path_factory.getbasetemp() / "potstill-cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_search_through_the_libraries() -> None:
+    """Accelerate collects garbage at each training; most of that time goes through what the imports left."""
+    import transformers  # noqa: F401
+
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

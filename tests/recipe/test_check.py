@@ -426,3 +426,11 @@ def test_own_code_that_is_not_there(mine):
     assert "has no attribute 'lose'; did you mean 'loss'?" in str(problems[0])
     problems = check(**term(loss="no_such_module:loss"), allow_code=True)
     assert "the module no_such_module cannot be imported" in str(problems[0])
+
+
+@pytest.mark.parametrize("name", ["baseline", "distilled", "evaluate"])
+def test_a_teacher_cannot_take_the_name_of_a_step(name):
+    """As `baseline` it would stand for the baseline, and the gain would be measured against the teacher."""
+    tree = {"teachers": {name: {"model": "potstill:mlp"}}}
+    problems = check_components(tree, allow_code=False)
+    assert [(p.path, name in p.message) for p in problems] == [(("teachers", name), True)]

@@ -74,3 +74,14 @@ def test_a_transfer_set_takes_its_classes_from_the_recipe_or_a_saved_teacher(tmp
     assert run.task.label_names == ["setosa", "versicolor", "virginica"]
     assert metrics.models["distilled"].agreement is not None
     assert not metrics.models["distilled"].metrics
+
+
+def test_teachers_alike_in_the_recipe_are_not_the_same_model(tmp_path: Path) -> None:
+    """With one seed for all, an ensemble of equals would be one teacher counted twice."""
+    teacher = TREE["teacher"]
+    objective = {"a": {"loss": "kl", "teacher": "a/logits"}, "b": {"loss": "kl", "teacher": "b/logits"}}
+    tree = {k: v for k, v in TREE.items() if k != "teacher"}
+    run = Run(recipe_from({**tree, "teachers": {"a": teacher, "b": teacher}, "objective": objective}), tmp_path)
+    run.execute()
+    first, second = (run.load(name).head.weight for name in ("a", "b"))
+    assert not first.equal(second)

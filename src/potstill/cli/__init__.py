@@ -49,3 +49,6 @@ def main() -> None:
     except PotstillError as error:
         typer.echo(str(error), err=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)

@@ -69,9 +69,15 @@ def run_seeds(
 
 
 def summarise(folders: list[Path]) -> SeedSummary:
-    """Return the spread of the primary metric over finished runs of one recipe."""
+    """Return the spread of the primary metric over finished runs of one recipe.
+
+    Raises:
+        RunError: the runs have no such metric, for their test split has no labels.
+    """
     found = [RunMetrics.model_validate(json.loads((f / "metrics.json").read_text(encoding="utf-8"))) for f in folders]
     primary = found[0].primary
+    if any(primary not in model.metrics for run in found for model in run.models.values()):
+        raise RunError(f"the test split has no labels, so there is no {primary} to compare over seeds")
     values = {name: [run.models[name].metrics[primary].value for run in found] for name in found[0].models}
     gain = None
     if "baseline" in values:

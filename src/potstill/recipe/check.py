@@ -26,6 +26,9 @@ Path_ = tuple[str | int, ...]
 _CONTEXT = frozenset({"path", "name", "revision", "base", "splits", "seed"})
 """What a data source is given beside its ``kwargs``."""
 
+RESERVED = ("baseline", "distilled", "evaluate")
+"""Names of the steps of a run, which no teacher can have."""
+
 MANAGED = {
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
@@ -139,6 +142,9 @@ def _teachers(tree: Mapping[str, Any]) -> list[Problem]:
     names = list(_section(tree, "teachers"))
     if tree.get("teacher") and names:
         return [Problem(("teachers",), "expected either `teacher` or `teachers`, got both")]
+    taken = [Problem(("teachers", name), f"a teacher cannot be called '{name}'") for name in names if name in RESERVED]
+    if taken:
+        return taken
     problems = []
     for path, spec in _soft_terms(tree):
         if not tree.get("teacher") and not names:

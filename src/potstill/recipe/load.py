@@ -25,7 +25,8 @@ def packaged_recipes() -> dict[str, Path]:
 def find_recipe(reference: str) -> Path | None:
     """Return the file of a recipe: a path, or the name of a packaged one."""
     path = Path(reference).expanduser()
-    return path if path.exists() else packaged_recipes().get(reference.removesuffix(".yaml"))
+    packaged = packaged_recipes().get(reference.removesuffix(".yaml"))
+    return path if path.is_file() or (path.exists() and packaged is None) else packaged
 
 
 def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Recipe:

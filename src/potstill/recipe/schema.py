@@ -139,7 +139,9 @@ class Recipe(Section):
     task: TaskSpec
     data: DataSpec
     teacher: TeacherSpec | None = None
-    teachers: dict[str, TeacherSpec] = Field(default_factory=dict)
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], TeacherSpec] = Field(
+        default_factory=dict
+    )
     student: ModelSpec
     objective: dict[str, TermSpec]
     scheme: SchemeSpec = SchemeSpec()

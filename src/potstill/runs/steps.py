@@ -144,6 +144,11 @@ class Run:
             return False
         return self.recipe.baseline.enabled
 
+    def _seed(self, name: str) -> int:
+        """Return the seed of a model: the recipe's, and another for each further teacher, else like ones were equal."""
+        teachers = list(self.recipe.all_teachers)
+        return self.recipe.seed + (1_000_003 * teachers.index(name) if name in teachers else 0)
+
     def model_folder(self, name: str) -> Path:
         """Return where the model of that name is saved."""
         return self.folder / f"models/{name}"
@@ -167,7 +172,7 @@ class Run:
         if spec.train is not None and self._fetched(name, key):
             return
         self._check_teacher_labels(name, spec)
-        model = build.make_blueprint(spec).build(self.task.facts(), seed=self.recipe.seed, allow_code=self.allow_code)
+        model = build.make_blueprint(spec).build(self.task.facts(), seed=self._seed(name), allow_code=self.allow_code)
         if spec.train is not None:
             if self._label not in self.splits.train.column_names:
                 raise TrainingError(
@@ -325,7 +330,7 @@ class Run:
         setup = build.make_training(
             spec,
             folder=checkpoints,
-            seed=self.recipe.seed,
+            seed=self._seed(name),
             bars=self.bars,
             evaluates=validation is not None and self._label in validation.column_names,
             allow_code=self.allow_code,
@@ -336,7 +341,7 @@ class Run:
             objective=objective,
             forward=self.task.forward,
             args=setup.arguments,
-            train_dataset=self.task.dataset(self.splits.train, training=True, seed=self.recipe.seed),
+            train_dataset=self.task.dataset(self.splits.train, training=True, seed=self._seed(name)),
             eval_dataset=None if validation is None else self.task.dataset(validation, training=False, seed=0),
             data_collator=ready_batch,
             compute_metrics=self._compute_metrics,
@@ -385,7 +390,7 @@ class Run:
         about = {"teacher": spec.model_dump(mode="json"), "task": self.task.settings(), "data": data}
         versions = {"potstill": __version__, "torch": torch.__version__}
         augment = self.recipe.data.model_dump(mode="json")["augment"]
-        return content_hash({**about, **versions, "seed": self.recipe.seed, "augment": augment, "weights": weights})
+        return content_hash({**about, **versions, "seed": self._seed(name), "augment": augment, "weights": weights})
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
