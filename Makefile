@@ -50,9 +50,13 @@ docs: $(VENV)/.core  ## Build the documentation, warnings as errors
 	$(BIN)/mkdocs build --strict
 
 bench: setup  ## Measure the figures of the README and of the notes
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/trainer_overhead.py
-	$(BIN)/python benchmarks/digits_seeds.py
-	$(BIN)/python benchmarks/tabular_seeds.py
+	$(BIN)/python benchmarks/gradients.py
+	$(BIN)/python benchmarks/contract_mutations.py
+	$(BIN)/python benchmarks/kill_resume.py
+	$(BIN)/potstill distill digits --seeds 5 --quiet
+	$(BIN)/potstill distill synthetic-tabular --seeds 10 --quiet
 
 clean:  ## Delete what the verbs made
 	rm -rf $(VENV) build dist site .coverage* .pytest_cache .mypy_cache .ruff_cache
