@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from potstill.cli.options import AllowCode, OverridesArgument, Quiet, RecipeArgument, Verbose, set_up_logging
+from potstill.cli.options import (
+    AllowCode,
+    OverridesArgument,
+    Quiet,
+    RecipeArgument,
+    Verbose,
+    is_first_process,
+    set_up_logging,
+)
 
 
 def distill(
@@ -31,7 +39,7 @@ def distill(
 
     changes = list(overrides or [])
     loaded = load_recipe(recipe, changes, allow_code=allow_code)
-    bars = False if quiet else None
+    bars = False if quiet or not is_first_process() else None
 
     def one(seed: int, folder: str) -> None:
         varied = load_recipe(recipe, [*changes, *seed_overrides(seed)], allow_code=allow_code)
@@ -40,10 +48,14 @@ def distill(
     try:
         if seeds == 1:
             run = Run(loaded, output, allow_code=allow_code, bars=bars)
-            print_run(run.execute(), run.folder.path)
+            metrics = run.execute()
+            if is_first_process():
+                print_run(metrics, run.folder.path)
         else:
             tree = loaded.model_dump(mode="json")
-            print_seeds(*run_seeds(loaded.name, loaded.seed, seeds, output, one, tree))
+            summary, folder = run_seeds(loaded.name, loaded.seed, seeds, output, one, tree)
+            if is_first_process():
+                print_seeds(summary, folder)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on where it was", err=True)
         raise typer.Exit(130) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -19,10 +20,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and th
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Everything, the libraries' messages included.")]
 
 
+def is_first_process() -> bool:
+    """Return whether this process, of those that a launcher started, is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def set_up_logging(*, quiet: bool = False, verbose: bool = False) -> None:
     """Send log lines to standard error: potstill's at the chosen level, other libraries' warnings only if verbose."""
     import warnings
 
+    quiet = quiet or not is_first_process()
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "log_level": "error",
     "logging_nan_inf_filter": False,  # which would log a diverged training as if it went on
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "use_cpu": not torch.accelerator.is_available(),
 }
 """Training arguments where a recipe says nothing; fractions are shares of the training."""
 

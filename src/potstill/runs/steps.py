@@ -82,7 +82,7 @@ class Run:
             RunError: the folder is in use or belongs to another recipe.
             PotstillError: the recipe asks for what cannot be.
         """
-        state = PartialState()
+        state = process_state()
         if self.folder.path.exists() and not self.folder.path.is_dir():
             raise RunError(f"expected a folder for the run, and {self.folder.path} is a file; choose --output")
         try:
@@ -180,12 +180,12 @@ class Run:
                 )
             self._train(name, model, spec.train, build.supervised_objective(self.task))
         self._save(name, model, spec)
-        if spec.train is not None and PartialState().is_main_process:
+        if spec.train is not None and process_state().is_main_process:
             self.cache.store("teachers", key, target)
 
     def _fetched(self, name: str, key: str) -> bool:
         """Copy a trained teacher from the cache; every process learns whether there was one."""
-        state, target = PartialState(), self.model_folder(name)
+        state, target = process_state(), self.model_folder(name)
         if state.is_main_process and not target.is_dir() and self.cache.fetch("teachers", key, target):
             self._event("reused", step=name, key=key)
             logger.info("%s: reused from the cache (%s)", name, key)
@@ -251,7 +251,7 @@ class Run:
         answers = self._predictions(models, table)
         timed: dict[str, dict[str, float]] = {name: {} for name in models}
         if self.recipe.evaluate.latency:
-            timed = latencies(models, self.task, device=PartialState().device)
+            timed = latencies(models, self.task, device=process_state().device)
         first = next(iter(self.recipe.all_teachers), None)
         found = {}
         for name, role in roles.items():
@@ -276,7 +276,7 @@ class Run:
             logger.info("%s: answering %d samples", name, len(dataset))
             size = self.recipe.evaluate.batch_size
             bar = name if self.bars else None
-            found[name] = predict(model, self.task, dataset, batch_size=size, device=PartialState().device, bar=bar)
+            found[name] = predict(model, self.task, dataset, batch_size=size, device=process_state().device, bar=bar)
         return found
 
     def _estimates(self, predictions: Predictions) -> dict[str, Estimate]:
@@ -299,7 +299,7 @@ class Run:
             primary=primary,
             split=split,
             samples=len(answers["distilled"].logits),
-            device=PartialState().device.type,
+            device=process_state().device.type,
             chance=None if labels is None else self.task.chance(labels),
             models=models,
             gain=gain,
@@ -354,7 +354,7 @@ class Run:
         self._event("training", step=name, resumed_from=None if resume is None else resume.name)
         logger.info("%s: training%s", name, "" if resume is None else f", going on from {resume.name}")
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             write_json(self.folder / f"history/{name}.json", trainer.state.log_history)
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -363,7 +363,7 @@ class Run:
 
     def _save(self, name: str, model: nn.Module, spec: ModelSpec) -> None:
         """Save a model with all that inference needs, whole or not at all."""
-        if not PartialState().is_main_process:
+        if not process_state().is_main_process:
             return
         target = self.model_folder(name)
         staged = target.with_name(target.name + ".tmp")
@@ -396,7 +396,7 @@ class Run:
 
     def _step(self, name: str, work: Callable[[], None]) -> None:
         """Do a step unless it is done, then mark it; every process waits for the others."""
-        state = PartialState()
+        state = process_state()
         state.wait_for_everyone()
         if self.folder.is_done(name):
             if state.is_main_process:
@@ -413,13 +413,18 @@ class Run:
         state.wait_for_everyone()
 
     def _event(self, event: str, **about: Any) -> None:
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             self.folder.event(event, **about)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
             logger.warning(text)
+
+
+def process_state() -> PartialState:
+    """Return which of the launched processes this is; without an accelerator they talk through the CPU (gloo)."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def open_run(folder: Path, *, allow_code: bool = True, bars: bool | None = None) -> Run:
