@@ -117,6 +117,13 @@ def make_objective(recipe: Recipe, task: Task) -> Objective:
     return Objective(terms, response_mask=task.mask)
 
 
+def teacher_taps(recipe: Recipe, objective: Objective, name: str) -> list[str]:
+    """Return the taps that the terms read from one teacher: those under its name, or all where it is the only one."""
+    taps = [tap for tap in objective.taps("teacher") if tap.split("/")[-1] != "logits"]
+    several = len(recipe.all_teachers) > 1
+    return [tap.removeprefix(f"{name}/") for tap in taps if not several or tap.startswith(f"{name}/")]
+
+
 def supervised_objective(task: Task) -> Objective:
     """Return the task's own loss on the labels: how a teacher is trained."""
     return Objective({"hard": Term(task.hard_loss)}, response_mask=task.mask)

@@ -37,12 +37,10 @@ def dry_run(recipe: Recipe, *, allow_code: bool = True, batch_size: int = 4) -> 
     build.check_labels(objective, splits.train, str(recipe.task.options.get("label", "label")))
     student = build.make_blueprint(recipe.student).build(task.facts(), seed=recipe.seed, allow_code=allow_code)
     yield f"student: {recipe.student.model}, {parameters(student):,} parameters"
-    teachers, alone = {}, len(recipe.all_teachers) == 1
-    taps = [name for name in objective.taps("teacher") if name.split("/")[-1] != "logits"]
+    teachers = {}
     for name, spec in recipe.all_teachers.items():
         model = build.make_blueprint(spec).build(task.facts(), seed=recipe.seed, allow_code=allow_code)
-        own = [tap.removeprefix(f"{name}/") for tap in taps if alone or tap.startswith(f"{name}/")]
-        teachers[name] = Live(model, own, forward=task.forward)
+        teachers[name] = Live(model, build.teacher_taps(recipe, objective, name), forward=task.forward)
         weights = ", random weights" if build.is_random(spec) else ""
         yield f"{name}: {spec.model}, {parameters(model):,} parameters{weights}"
     batch = next(batches(task.dataset(splits.train, training=True, seed=recipe.seed), batch_size))

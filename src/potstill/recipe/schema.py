@@ -7,7 +7,7 @@ The options of a component (a loss, task, model, optimizer, …) are checked aga
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -159,9 +159,3 @@ class Recipe(Section):
         from potstill.runs.steps import Run
 
         return Run(self, output, **options)
-
-
-Kind = Literal[
-    "recipes", "losses", "tasks", "schemes", "compressors", "sources", "augmentations", "models", "callbacks"
-]
-"""What ``potstill list`` can list."""

@@ -206,8 +206,7 @@ class Run:
 
     def _distill(self) -> None:
         """Train the student with its teachers, as the scheme has it."""
-        taps = [name for name in self.objective.taps("teacher") if name.split("/")[-1] != "logits"]
-        teachers = {name: self._source(name, taps) for name in self.recipe.all_teachers}
+        teachers = {name: self._source(name) for name in self.recipe.all_teachers}
         scheme = schemes.get(self.recipe.scheme.name, allow_code=self.allow_code)(**self.recipe.scheme.options)
         scheme.setup(self.student(), teachers)
         model = scheme.learners()["student"]
@@ -216,10 +215,9 @@ class Run:
         self._train("distilled", model, self.recipe.train, self.objective, teacher=source, callbacks=[follow])
         self._save("distilled", model, self.recipe.student)
 
-    def _source(self, name: str, taps: list[str]) -> Live:
-        several = len(self.recipe.all_teachers) > 1
-        own = [tap.removeprefix(f"{name}/") for tap in taps if not several or tap.startswith(f"{name}/")]
-        return Live(self.load(name), own, forward=self.task.forward)
+    def _source(self, name: str) -> Live:
+        taps = build.teacher_taps(self.recipe, self.objective, name)
+        return Live(self.load(name), taps, forward=self.task.forward)
 
     def evaluate(self, split: str = "test") -> RunMetrics:
         """Judge the saved models on a split and return the figures; nothing is written.
