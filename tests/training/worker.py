@@ -44,6 +44,8 @@ def main(folder: Path, batch_size: int, accumulation: int) -> None:
     logged = torch.tensor([trainer.state.log_history[0][name] for name in ("loss", "loss/soft", "loss/hint")])
     weights = {"student": flat(module.student), "objective": flat(module.objective), "logged": logged}
     save_file(weights, str(folder / f"rank{trainer.args.process_index}.safetensors"))
+    if torch.distributed.is_initialized():  # gloo aborts a process that ends with its threads running
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

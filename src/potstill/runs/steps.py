@@ -6,6 +6,7 @@ at any point goes on with the same command and comes to the same result.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import shutil
 import sys
@@ -422,7 +423,15 @@ class Run:
 
 def process_state() -> PartialState:
     """Return which of the launched processes this is; without an accelerator they talk through the CPU (gloo)."""
+    if not PartialState._shared_state:  # the first to ask: gloo's threads must be joined before the interpreter ends
+        atexit.register(_leave_processes)
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _leave_processes() -> None:
+    """Leave the process group; a process that ends inside one can abort after all its work is done."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def open_run(folder: Path, *, allow_code: bool = True, bars: bool | None = None) -> Run:
