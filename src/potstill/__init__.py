@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Any
 from potstill._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from potstill.distiller import DistillationConfig as DistillationConfig
+    from potstill.distiller import Distiller as Distiller
+    from potstill.distiller import StudentConfig as StudentConfig
+    from potstill.distiller import StudentModel as StudentModel
+    from potstill.distiller import TeacherConfig as TeacherConfig
+    from potstill.distiller import TeacherModel as TeacherModel
     from potstill.knowledge.capture import capture as capture
     from potstill.losses.objective import Objective as Objective
     from potstill.losses.objective import Term as Term
@@ -21,6 +27,12 @@ if TYPE_CHECKING:
     from potstill.training.trainer import DistillationTrainer as DistillationTrainer
 
 _PUBLIC = {
+    "DistillationConfig": "potstill.distiller",
+    "Distiller": "potstill.distiller",
+    "StudentConfig": "potstill.distiller",
+    "StudentModel": "potstill.distiller",
+    "TeacherConfig": "potstill.distiller",
+    "TeacherModel": "potstill.distiller",
     "DistillationModule": "potstill.training.module",
     "DistillationTrainer": "potstill.training.trainer",
     "Live": "potstill.teachers.live",

@@ -125,6 +125,14 @@ class Task(Protocol):
         """Learn from the training split what the task needs to know: label names, shapes, normalisation."""
         ...
 
+    def prepare(self, student: Any, teachers: Mapping[str, Any]) -> None:
+        """Take how the models want their inputs (tokenizers, image processors, or ``None``), after :meth:`fit`.
+
+        ``teachers`` has them by the prefix of the batch entries, such as ``teacher/``: a teacher that wants what the
+        student does not gets entries of its own. A task whose models all take the same inputs does nothing here.
+        """
+        ...
+
     def dataset(self, table: Dataset, *, training: bool, seed: int) -> BatchDataset:
         """Turn a table into batches; random views only where ``training``."""
         ...

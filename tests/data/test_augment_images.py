@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from potstill.data.augment_images import crop, flip, mixup, randaugment, shift
+from potstill.data.augment_images import _boxes, crop, flip, mixup, randaugment, resized_crop, shift
 from potstill.data.draws import Draws
 from potstill.errors import ComponentError, DataError
 from potstill.registry import augmentations
@@ -32,6 +32,7 @@ AUGMENTATIONS = {
     "flip": lambda x, d: flip(x, draws=d),
     "shift": lambda x, d: shift(x, draws=d, pixels=3),
     "randaugment": lambda x, d: randaugment(x, draws=d),
+    "resized_crop": lambda x, d: resized_crop(x, draws=d),
 }
 
 
@@ -103,6 +104,71 @@ def test_flip_mirrors_left_to_right_with_its_probability():
     many = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2).expand(4000, 1, 1, 2)
     flipped = flip(many, draws=draws(4000), p=0.25)[:, 0, 0, 0].mean()
     assert float(flipped) == pytest.approx(0.25, abs=0.04)
+
+
+def places(height: int, width: int) -> torch.Tensor:
+    """An image whose two channels say where each pixel lies, from 0 to 1."""
+    rows, columns = ((torch.arange(n) + 0.5) / n for n in (height, width))
+    return torch.stack([rows[:, None].expand(height, width), columns[None].expand(height, width)])
+
+
+def parts(count: int, height: int, width: int, **options) -> torch.Tensor:
+    """Height, width, top and left of the part that each view shows, as shares of the image, [B, 4]."""
+    views = resized_crop(places(height, width).expand(count, 2, height, width), draws=draws(count), **options)
+    first, last = views[:, :, :1, :1].flatten(1), views[:, :, -1:, -1:].flatten(1)
+    return torch.cat([last - first, first], 1).double()
+
+
+def test_resized_crop_shows_areas_and_shapes_as_torchvision_does():
+    """The distribution, from many draws of ours and theirs: area, logarithm of the shape, place."""
+    v2 = pytest.importorskip("torchvision.transforms.v2", reason="compares with torchvision")
+    count, height, width = 4000, 64, 96
+    theirs = v2.RandomResizedCrop(8, scale=(0.2, 0.9), ratio=(0.5, 2))
+    image = torch.empty(1, height, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        boxes = [theirs.make_params([image]) for _ in range(count)]
+    expected = torch.tensor([[b["height"], b["width"], b["top"], b["left"]] for b in boxes]).double()
+    size = torch.tensor([height, width] * 2)
+    ours = torch.tensor(_boxes((height, width), draws(count), (0.2, 0.9), (0.5, 2.0)))[:, [2, 3, 0, 1]].double()
+    for found, wanted in zip((ours / size).T, (expected / size).T, strict=True):
+        quantiles = torch.linspace(0.02, 0.98, 25).double()
+        assert (found.quantile(quantiles) - wanted.quantile(quantiles)).abs().max() < 0.035
+    assert (ours[:, :2] + ours[:, 2:] <= size[:2]).all()
+    assert (ours[:, :2] >= 1).all()
+
+
+def test_resized_crop_of_the_whole_is_the_image():
+    for image in (pictures(torch.uint8), pictures()):
+        assert torch.equal(resized_crop(image, draws=draws(), area=(1, 1), ratio=(9 / 7, 9 / 7)), image)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "ratio", "part"),
+    [(10, 100, (0.9, 1.1), (10, 11)), (100, 10, (0.9, 1.1), (11, 10)), (30, 30, (2, 2), (15, 30))],
+)
+def test_resized_crop_without_a_part_that_fits_takes_the_middle(height, width, ratio, part):
+    top, left = (height - part[0]) // 2, (width - part[1]) // 2
+    assert _boxes((height, width), draws(3), (1.0, 1.0), ratio) == [(top, left, *part)] * 3
+
+
+def test_resized_crop_shows_the_same_part_in_another_resolution():
+    small, large = parts(200, 64, 64), parts(200, 256, 256)
+    assert (small - large).abs().max() < 3 / 64
+
+
+def test_resized_crop_resizes_as_torchvision_does():
+    functional = pytest.importorskip("torchvision.transforms.v2.functional", reason="compares with torchvision")
+    for images, close in ((pictures(torch.uint8), 1), (pictures(), 1e-5)):
+        views = resized_crop(images, draws=draws())
+        for image, view, box in zip(images, views, _boxes((7, 9), draws(), (0.08, 1.0), (3 / 4, 4 / 3)), strict=True):
+            expected = functional.resized_crop(image, *box, [7, 9], antialias=True)
+            assert (expected.double() - view.double()).abs().max() <= close
+
+
+def test_resized_crop_refuses_a_range_that_is_the_wrong_way_round():
+    with pytest.raises(DataError, match=r"expected area as \[least, largest\], got \[1, 0.5\]"):
+        resized_crop(pictures(), draws=draws(), area=(1, 0.5))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -224,6 +290,8 @@ def test_mixup_refuses_what_cannot_be_mixed(extra, message):
         ("shift", {"pixels": 0}, "greater than or equal to 1"),
         ("randaugment", {"magnitude": 31}, "less than or equal to 30"),
         ("mixup", {"alpha": 0}, "greater than 0"),
+        ("resized_crop", {"area": [0, 1]}, "greater than 0"),
+        ("resized_crop", {"ratio": 1}, "valid tuple"),
     ],
 )
 def test_options_are_checked(name, options, message):
@@ -233,4 +301,5 @@ def test_options_are_checked(name, options, message):
 
 def test_kinds():
     kinds = {name: augmentations.facts(name)["kind"] for name in ("crop", "flip", "shift", "randaugment", "mixup")}
+    assert augmentations.facts("resized_crop")["kind"] == "image"
     assert kinds == {"crop": "image", "flip": "image", "shift": "image", "randaugment": "image", "mixup": "mix"}

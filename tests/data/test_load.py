@@ -277,7 +277,27 @@ def test_names_may_replace_digits_but_not_names(load):
     named = typed([0, 1] * 10, ClassLabel(names=["no", "yes"]))
     assert load(named, label="label", label_names=["no", "yes"]).train["label"][0] in (0, 1)
     with pytest.raises(DataError, match=r"themselves \(no, yes\); remove `label_names`"):
-        load(named, label="label", label_names=["yes", "no"])
+        load(named, label="label", label_names=["yes", "never"])
+
+
+def test_classes_may_be_put_in_another_order(load):
+    """A teacher has its outputs in an order of its own; the rows keep their classes, unlabelled ones stay so."""
+    named = typed([0, 1, -1, 2] * 5, ClassLabel(names=["no", "yes", "maybe"]))
+    found = load(named, label="label", label_names=["maybe", "no", "yes"], test=0, validation=0)
+    assert found.train.features["label"].names == ["maybe", "no", "yes"]
+    assert found.train["label"][:4] == [1, 2, -1, 0]
+    assert any("reordered" in note for note in found.notes)
+
+
+def test_a_test_split_that_keeps_its_labels_back(load):
+    """As in GLUE: models would be judged on nothing."""
+    kind = ClassLabel(names=["no", "yes"])
+    tables = {"train": typed([0, 1] * 20, kind), "validation": typed([1, 0, 1], kind), "test": typed([-1] * 4, kind)}
+    found = load(tables, label="label")
+    assert found.test["label"][:] == [1, 0, 1]
+    assert len(found.validation) == 4
+    assert len(found.train) == 36
+    assert any("keeps its labels back" in note for note in found.notes)
 
 
 def test_splits_may_store_class_labels_as_names_or_ids(load):

@@ -190,3 +190,42 @@ def test_check_knows_the_kind_of_input():
     assert check_augmentations(["noise"], "tabular", PATH) == []
     assert check_augmentations(["flip", {"crop": {"padding": 2}}, "mixup"], "image", PATH) == []
     assert [problem.path for problem in check_augmentations(["flip"], "tabular", PATH)] == [(*PATH, 0)]
+
+
+def several(steps, keys, **columns) -> InMemory:
+    return InMemory({**images(12), **columns}, make_views(steps, keys=keys, seed=3, num_classes=3))
+
+
+def test_every_stored_entry_gets_the_same_draws():
+    """Else the teacher answers about another crop than the one the student is shown."""
+    doubled = {"wide": images(12)["pixel_values"] * 2}
+    keys = {"pixel_values": ("pixel_values", None), "teacher/pixel_values": ("wide", None)}
+    batch = whole(several(ALL, keys, **doubled))
+    assert set(batch) == {"sample_id", "labels", "pixel_values", "teacher/pixel_values"}
+    torch.testing.assert_close(batch["teacher/pixel_values"], 2 * batch["pixel_values"])
+    alone = InMemory(images(12), make_views(ALL, key="pixel_values", seed=3, num_classes=3))
+    assert torch.equal(batch["pixel_values"], whole(alone)["pixel_values"])
+    assert torch.equal(batch["labels"], whole(alone)["labels"])
+
+
+def test_one_stored_entry_for_two_models_is_augmented_once():
+    calls = []
+
+    def finish(pixels):
+        calls.append(pixels)
+        return pixels + 1
+
+    keys = {"pixel_values": ("pixel_values", None), "teacher/pixel_values": ("pixel_values", finish)}
+    batch = whole(several(["flip"], keys))
+    assert len(calls) == 1
+    assert calls[0] is batch["pixel_values"]
+    assert torch.equal(batch["teacher/pixel_values"], batch["pixel_values"] + 1)
+
+
+def test_views_of_several_entries_do_not_depend_on_the_batch():
+    keys = {"pixel_values": ("pixel_values", None), "teacher/pixel_values": ("wide", torch.neg)}
+    data = several(ALL, keys, wide=torch.rand(12, 1, 9, 9, generator=torch.Generator().manual_seed(1)))
+    expected = whole(data)
+    for rows in ([3], [5, 0], list(reversed(range(12)))):
+        batch = data.__getitems__(rows)
+        assert all(torch.equal(batch[name], expected[name][rows]) for name in expected)

@@ -51,7 +51,7 @@ def test_models_take_turns():
     """One after the other, a machine that slows down in the second half makes the second model look slow."""
     calls: list = []
     models = {name: Recorder(name, calls) for name in ("a", "b")}
-    found = latencies(models, Task(), rounds=4)
+    found = latencies(models, dict.fromkeys(models, Task()), rounds=4)
     assert set(found) == {"a", "b"}
     assert all(set(each) == {"1", "32"} for each in found.values())
     assert [(name, size) for name, size, *_ in calls] == [("a", 1), ("b", 1)] * 6 + [("a", 32), ("b", 32)] * 6
@@ -59,19 +59,19 @@ def test_models_take_turns():
 
 def test_eval_mode_without_gradient():
     calls: list = []
-    latencies({"a": Recorder("a", calls).train()}, Task(), rounds=2)
+    latencies({"a": Recorder("a", calls).train()}, {"a": Task()}, rounds=2)
     assert {(training, grad) for _, _, training, grad in calls} == {(False, False)}
 
 
 def test_the_median_in_milliseconds_without_the_warm_up():
     """The first forwards allocate and compile; with them a small model looks ten times slower than it is."""
-    found = latencies({"a": Recorder("a", [], seconds=0.02, first=2, slow=0.3)}, Task(), rounds=1)["a"]
+    found = latencies({"a": Recorder("a", [], seconds=0.02, first=2, slow=0.3)}, {"a": Task()}, rounds=1)["a"]
     assert 20 <= found["1"] < 290
     assert 20 <= found["32"] < 290
 
 
 def test_the_budget_ends_the_rounds_but_leaves_enough_to_judge():
     calls: list = []
-    found = latencies({"a": Recorder("a", calls, seconds=0.01)}, Task(), rounds=1000, budget_s=0.02)
+    found = latencies({"a": Recorder("a", calls, seconds=0.01)}, {"a": Task()}, rounds=1000, budget_s=0.02)
     assert [call[1] for call in calls] == [1] * 5 + [32] * 5
     assert found["a"]["1"] >= 10

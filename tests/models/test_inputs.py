@@ -164,7 +164,8 @@ def test_the_teachers_view_wins_over_the_shared_entries():
     )
     seen = teacher_view(entries)
     assert seen["input_ids"].tolist() == [7, 7]
-    assert seen["attention_mask"] is entries["attention_mask"]
+    assert "attention_mask" not in seen  # that of the student's tokens
+    assert seen["labels"] is entries["labels"]
     assert not any(name.startswith("teacher/") for name in seen)
     assert set(entries) >= {"teacher/input_ids", "input_ids"}  # the student still has its own
     plain = batch(features=torch.zeros(2))

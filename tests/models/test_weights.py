@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from potstill.errors import ModelError
-from potstill.models.weights import load_modules, load_student, save_modules, save_student
+from potstill.models.weights import load_modules, load_student, load_weights, save_modules, save_student
 
 
 def net(width: int = 5, seed: int = 0) -> nn.Module:
@@ -189,3 +189,195 @@ def test_weights_keep_their_type(tmp_path):
     load_student(narrow, tmp_path / "bert")
     assert narrow.dtype == torch.bfloat16
     assert same(narrow, bert().bfloat16())
+
+
+# files of other people
+
+
+def prefixed(prefix: str, state) -> dict:
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".th", ".bin"])
+def test_a_file_that_fits(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    state = net(seed=1).state_dict()
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(state, str(path))
+    else:
+        torch.save(state, path)
+    module = net(seed=0)
+    assert load_weights(module, path) is None
+    assert same(module, net(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (lambda state: {"state_dict": state, "epoch": 3}, "the weights were found below 'state_dict'"),
+        (lambda state: {"model": state, "optimizer": {"lr": 0.1}}, "below 'model'"),
+        (lambda state: {"model_state_dict": state}, "below 'model_state_dict'"),
+        (lambda state: {"net": state, "acc": 93.0}, "below 'net'"),
+        (lambda state: {"model_ema": state, "args": None}, "below 'model_ema'"),
+        (lambda state: {"model": {"config": 3}, "ema": state}, "below 'ema'"),
+        (lambda state: prefixed("module.", state), "the prefix 'module.' was dropped from 9 names"),
+        (lambda state: prefixed("_orig_mod.", state), "the prefix '_orig_mod.' was dropped from 9 names"),
+        (lambda state: prefixed("module.student.net.", state), "the prefix 'module.student.net.' was dropped"),
+        (lambda state: {"state_dict": prefixed("model.", state)}, "below 'state_dict'; the prefix 'model.' was"),
+    ],
+)
+def test_what_wraps_a_state_dict_is_taken_off_and_told(tmp_path, wrap, note):
+    torch.save(wrap(net(seed=1).state_dict()), tmp_path / "w.pth")
+    module = net(seed=0)
+    assert note in load_weights(module, tmp_path / "w.pth")
+    assert same(module, net(seed=1))
+
+
+def test_of_several_models_in_a_file_the_plain_one_is_taken(tmp_path):
+    torch.save({"model_ema": net(seed=2).state_dict(), "model": net(seed=1).state_dict()}, tmp_path / "w.pth")
+    module = net(seed=0)
+    assert load_weights(module, tmp_path / "w.pth") == "the weights were found below 'model'"
+    assert same(module, net(seed=1))
+
+
+def test_a_prefix_that_the_module_has_is_put_before(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.body = net(seed=seed)
+
+    torch.save(net(seed=1).state_dict(), tmp_path / "w.pt")
+    module = Wrapped(seed=0)
+    assert load_weights(module, tmp_path / "w.pt") == "the prefix 'body.' was put before 9 names"
+    assert same(module.body, net(seed=1))
+    torch.save(prefixed("module.", net(seed=2).state_dict()), tmp_path / "w.pt")
+    note = "the prefix 'module.' was dropped from 9 names; the prefix 'body.' was put before 9 names"
+    assert load_weights(module, tmp_path / "w.pt") == note
+    assert same(module.body, net(seed=2))
+
+
+def test_old_files_count_no_batches(tmp_path):
+    state = net(seed=1).state_dict()
+    count = state.pop("1.num_batches_tracked")
+    torch.save(dict(state), tmp_path / "w.th")
+    module = net(seed=0)
+    assert load_weights(module, tmp_path / "w.th") is None
+    assert torch.equal(module[1].num_batches_tracked, count)
+    assert torch.equal(module[0].weight, state["0.weight"])
+
+
+def test_a_weight_that_is_shared_may_be_in_the_file_once(tmp_path):
+    save_student(gpt2(seed=1), tmp_path)
+    fresh = gpt2(seed=0)
+    assert load_weights(fresh, tmp_path / "model.safetensors") is None
+    assert same(fresh, gpt2(seed=1))
+    state = {
+        name: value for name, value in gpt2(seed=2).state_dict().items() if "wte" not in name and "lm_" not in name
+    }
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"'lm_head.weight' is missing; 'transformer.wte.weight' is missing"):
+        load_weights(fresh, tmp_path / "w.pt")
+
+
+def refusal(module: nn.Module, path, state) -> str:
+    torch.save(state, path)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ModelError) as caught:
+        load_weights(module, path)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    return str(caught.value)
+
+
+def test_missing_left_over_and_other_shapes_of_a_file(tmp_path):
+    state = prefixed("module.", net().state_dict())
+    state["module.0.wieght"] = state.pop("module.0.weight")
+    state["module.2.weight"] = torch.zeros(3, 9)
+    message = refusal(net(), tmp_path / "w.pth", state)
+    assert "w.pth does not fit Sequential: '0.weight' is missing (the file has '0.wieght')" in message
+    assert "'0.wieght' is left over; '2.weight' expected [3, 5], got [3, 9]" in message
+    assert "with 'module.' dropped from the file's names" in message
+
+
+def test_a_head_for_other_classes_is_told_as_such(tmp_path):
+    state = net().state_dict()
+    state["2.weight"], state["2.bias"] = torch.zeros(100, 5), torch.zeros(100)
+    message = refusal(net(), tmp_path / "w.pth", state)
+    assert "'2.bias' expected [3], got [100]; '2.weight' expected [3, 5], got [100, 5]" in message
+    assert "'2' has 100 outputs in the file and 3 in the model" in message
+    assert "give the model 100 classes" in message
+    assert "outputs in the file" not in refusal(net(), tmp_path / "w.pth", net(width=7).state_dict())
+
+
+def test_a_part_of_the_file_that_would_fit_is_named(tmp_path):
+    state = prefixed("student.", net().state_dict()) | prefixed("teacher.net.", net(width=9).state_dict())
+    message = refusal(net(), tmp_path / "w.pth", state)
+    assert "the 9 of 18 names that begin with 'student.' would fit; save these alone" in message
+
+
+def test_long_lists_are_cut_and_counted(tmp_path):
+    deep = nn.Sequential(*(nn.Linear(1, 1) for _ in range(20)))
+    message = refusal(deep, tmp_path / "w.pth", {f"layer{n}.{kind}": torch.zeros(1) for n in range(9) for kind in "ab"})
+    assert message.count("is missing") == 4
+    assert message.count("is left over") == 4
+    assert "… (40 missing, 18 left over, 0 of another shape)" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"epoch": 3, "history": [1, 2]},
+            r"expected the state dict of a model in .*got a dict of \['epoch', 'history'\]",
+        ),
+        ({}, "got a dict of"),
+        ([torch.zeros(2)], "got list"),
+        (torch.zeros(2), "got Tensor"),
+        ({"epoch": 1, "0.weight": torch.zeros(5, 4)}, "got a dict of"),
+        ({"student": {"a": torch.zeros(1)}}, "got a dict of"),
+    ],
+)
+def test_a_file_of_something_else(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=message):
+        load_weights(net(), tmp_path / "w.pth")
+
+
+class Mark:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_nothing_but_tensors_is_unpickled(tmp_path, whole):
+    mark = Mark(str(tmp_path / "ran"))
+    torch.save(mark if whole else {"state_dict": net().state_dict(), "extra": mark}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"holds more than weights, and nothing else is unpickled .*\.safetensors"):
+        load_weights(net(), tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_saved_module_is_no_file_of_weights(tmp_path):
+    torch.save(net(), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="holds more than weights"):
+        load_weights(net(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 cut off"])
+def test_a_damaged_file_of_weights(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match="damaged"):
+        load_weights(net(), tmp_path / name)
+
+
+def test_no_such_file_and_no_such_kind(tmp_path):
+    with pytest.raises(ModelError, match=r"expected weights in .*and there is no such file"):
+        load_weights(net(), tmp_path / "w.pth")
+    (tmp_path / "w.h5").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"expected a file of weights \(\.safetensors, \.pt, .*got .*w\.h5"):
+        load_weights(net(), tmp_path / "w.h5")

@@ -9,26 +9,29 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
-from potstill.errors import ModelError
 from potstill.losses.objective import Objective
-from potstill.models.load import find_factory, load_model
+from potstill.models.cifar_resnet import CifarResNet
+from potstill.models.load import load_model
 from potstill.recipe.build import make_term
 from potstill.recipe.dry_run import dry_run
 from potstill.recipe.load import load_recipe, packaged_recipes
-from potstill.recipe.schema import ModelSpec, Recipe
+from potstill.recipe.schema import Recipe, WhoSpec
 from potstill.runs.cache import Cache
 from potstill.runs.steps import Run, open_run
+from tests import local_models
 
 FOLDER = Path(__file__).parent.parent.parent / "src/potstill/recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 NEVER_SKIPPED = ("digits", "mnist-small", "synthetic-tabular")
-SHORT = ("evaluate.resamples=100", "evaluate.latency=false", "train.max_steps=2")
+SHORT = ("evaluate.resamples=100", "evaluate.latency=false", "train.max_steps=2", "train.dataloader_num_workers=0")
 
 
 def mnist(folder: Path) -> None:
@@ -47,11 +50,62 @@ def mnist(folder: Path) -> None:
         table.to_parquet(str(folder / f"{split}.parquet"))
 
 
-DATA: dict[str, Callable[[Path], None]] = {"ylecun/mnist": mnist}
+def texts(column: str, names: list[str]) -> Callable[[Path], None]:
+    """Three splits with a column of texts and ``label``, the test split of a set of the hub with hidden labels."""
+
+    def write(folder: Path) -> None:
+        features = datasets.Features({column: datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        for split, count in (("train", 60), ("validation", 18), ("test", 18)):
+            rows = [text for text, _ in local_models.SENTENCES * count][:count]
+            hidden = split == "test" and column == "sentence"
+            labels = [-1 if hidden else place % len(names) for place in range(count)]
+            table = datasets.Dataset.from_dict({column: rows, "label": labels}, features)
+            table.to_parquet(str(folder / f"{split}.parquet"))
+
+    return write
+
+
+def photos(column: str, size: tuple[int, int], names: list[str]) -> Callable[[Path], None]:
+    """``train`` and ``test`` with colour pictures, those of ImageNet of all shapes."""
+
+    def write(folder: Path) -> None:
+        features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        draw = np.random.default_rng(0)
+        for split, count in (("train", 24), ("test", 8)):
+            shapes = [(size[0], size[1] + (7 * place if size[0] > 32 else 0), 3) for place in range(count)]
+            pictures = [Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8)) for shape in shapes]
+            labels = [place % len(names) for place in range(count)]
+            table = datasets.Dataset.from_dict({column: pictures, "label": labels}, features)
+            table.to_parquet(str(folder / f"{split}.parquet"))
+
+    return write
+
+
+LIAR = ["false", "half-true", "mostly-true", "true", "barely-true", "pants-fire"]
+DATA: dict[str, Callable[[Path], None]] = {
+    "ylecun/mnist": mnist,
+    "ucsbnlp/liar": texts("statement", LIAR),
+    "stanfordnlp/sst2": texts("sentence", ["negative", "positive"]),
+    "uoft-cs/cifar10": photos("img", (32, 32), [str(place) for place in range(10)]),
+    "ILSVRC/imagenet-1k": photos("image", (60, 40), [f"class {place}" for place in range(1000)]),
+}
 """How to write a few rows of a data set of the hub, in its own layout, into a folder."""
 
-MODELS: dict[str, Callable[[Path], None]] = {}
+MODELS: dict[str, Callable[[Path], Any]] = {
+    "bert-base-uncased": lambda folder: local_models.bert(folder, max_position_embeddings=128),
+    "distilbert-base-uncased": local_models.distilbert,
+    "sentence-transformers/all-MiniLM-L6-v2": lambda folder: local_models.bert(folder, layers=6),
+}
 """How to save a tiny model of the same kind as a model of the hub into a folder."""
+
+
+def published(folder: Path) -> Path:
+    """Weights as their authors published them: below a key, with a prefix on every name."""
+    with torch.random.fork_rng(devices=[]):
+        state = CifarResNet(56, 10).state_dict()
+    file = folder / "resnet56-4bfd9763.th"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}, "best_prec1": 93.4}, file)
+    return file
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,16 +121,13 @@ def _own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
-def on_the_hub(spec: ModelSpec) -> bool:
-    """Whether a reference is neither potstill's nor dotted nor a folder."""
-    try:
-        find_factory(spec.model)
-    except ModelError:
-        return not Path(spec.model).expanduser().exists()
-    return False
+def on_the_hub(spec: WhoSpec) -> bool:
+    """Whether a reference is neither potstill's nor of another ecosystem nor a folder."""
+    model = getattr(spec, "model", None)
+    return model is not None and ":" not in model and not Path(model).expanduser().exists()
 
 
-def models(recipe: Recipe) -> dict[str, ModelSpec]:
+def models(recipe: Recipe) -> dict[str, WhoSpec]:
     """The models of a recipe by the key that names them."""
     teachers = (
         {"teacher": recipe.teacher} if recipe.teacher else {f"teachers.{k}": v for k, v in recipe.teachers.items()}
@@ -86,7 +137,9 @@ def models(recipe: Recipe) -> dict[str, ModelSpec]:
 
 def stand_ins(recipe: Recipe, folder: Path) -> list[str]:
     """Overrides that put tiny stand-ins in the place of what lies on the hub."""
-    changes = []
+    changes = ["task.max_length=32"] if "max_length" in recipe.task.options else []
+    if "resize" in recipe.task.options:
+        changes += ["task.size=[64, 64]", "task.resize=72"]
     if recipe.data.source == "hub":
         made = folder / "data"
         made.mkdir()
@@ -94,6 +147,10 @@ def stand_ins(recipe: Recipe, folder: Path) -> list[str]:
         DATA[recipe.data.path](made)
         changes.append(f"data.path={made}")
     for key, spec in models(recipe).items():
+        if spec.weights is not None and "://" in spec.weights:
+            changes.append(f"{key}.weights={published(folder)}")
+        if str(getattr(spec, "model", "")).startswith("torchvision:") and spec.pretrained:
+            changes.append(f"{key}.pretrained=false")
         if not on_the_hub(spec):
             continue
         if spec.model not in MODELS:

@@ -422,7 +422,7 @@ class TestCache:
         keys = []
         for seed in (0, 1, 0):
             torch.manual_seed(seed)
-            save_model(Mlp(4, 3, [8]), tmp_path / "w", {})
+            save_model(Mlp(4, 3, [8]), tmp_path / "w", {"model": "potstill:mlp", "kwargs": {}})
             file = tmp_path / "w/model.safetensors"
             keys.append(Run(recipe(teacher__weights=str(file)), tmp_path / "x")._teacher_key("teacher"))
         assert keys[0] == keys[2] != keys[1]

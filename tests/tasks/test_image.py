@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image as Pictures
 
 from potstill.data.batching import InMemory, Lazy
 from potstill.errors import TaskError
+from potstill.models.image_processors import ExactImageProcessor, image_processor
+from potstill.models.origins import ImageProcessor
 from potstill.tasks import image_classification
 from potstill.tasks.image_classification import ImageClassification
 
@@ -64,7 +67,8 @@ def test_grey_pictures():
     assert found.shape == (3, 1, 4, 5)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy()[:, 0], grey / 255, rtol=1e-6)
-    assert task.facts() == {"num_labels": 0, "in_channels": 1, "image_size": (4, 5), "in_features": 20}
+    about = {"num_labels": 0, "label_names": [], "auto_model": "AutoModelForImageClassification"}
+    assert task.facts() == {**about, "in_channels": 1, "image_size": (4, 5), "in_features": 20}
 
 
 def test_colour_pictures():
@@ -162,7 +166,7 @@ def test_normalisation_is_that_of_the_training_split_per_channel():
     train = pictures(*colour)
     task = fitted(train)
     scaled = colour / 255
-    np.testing.assert_allclose(task.mean, scaled.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(task.own.mean, scaled.mean((0, 1, 2)), rtol=1e-5)
     found = pixels(task, train)
     torch.testing.assert_close(found.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
@@ -184,8 +188,11 @@ def test_a_mean_for_other_channels_is_refused():
 
 def test_pictures_of_all_sizes_need_a_size():
     train = pictures(random_pixels(4, 5), random_pixels(8, 6))
-    with pytest.raises(TaskError, match=r"images differ in size.*task\.size"):
-        fitted(train)
+    task = fitted(train)
+    assert "image_size" not in task.facts()  # a model with a size of its own may still come
+    for needs in (lambda: pixels(task, train), lambda: task.example_inputs(2)):
+        with pytest.raises(TaskError, match=r"images differ in size \(\[\(4, 5\), \(8, 6\)\].*task\.size"):
+            needs()
     task = fitted(train, size=(6, 6))
     assert pixels(task, train).shape == (2, 1, 6, 6)
     assert task.facts()["image_size"] == (6, 6)
@@ -322,5 +329,284 @@ def test_labels_of_a_model_must_agree():
     task = fitted(pictures(*random_pixels(2, 4, 5), labels=[0, 1]))
     task.check_labels(["cat", "dog", "eel"], "the teacher")
     task.check_labels([], "the teacher")
-    with pytest.raises(TaskError, match=r"the teacher to have the labels \['cat', 'dog', 'eel'\], got \['dog', 'cat'"):
+    with pytest.raises(TaskError, match=r"the teacher to have the labels \[cat, dog, eel\].*, got \[dog, cat"):
         task.check_labels(["dog", "cat", "eel"], "the teacher")
+
+
+SMALL = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+STUDENT = ImageProcessor(size=(8, 8), shorter=10, **SMALL)
+
+
+def photos(count: int = 5, labels=None) -> Dataset:
+    """Pictures of all sizes."""
+    shapes = [(11, 17), (23, 12), (13, 13), (9, 30), (10, 11), (40, 33)]
+    return pictures(*(random_pixels(*shapes[i % 6], 3, seed=i) for i in range(count)), labels=labels)
+
+
+def prepared(train: Dataset, student, teachers=None, **options) -> ImageClassification:
+    task = fitted(train, **options)
+    task.prepare(student, teachers or {})
+    return task
+
+
+def batch_of(task: ImageClassification, table: Dataset, training: bool = False, rows=None):
+    data = task.dataset(table, training=training, seed=3)
+    return data.__getitems__(list(range(len(data))) if rows is None else rows)
+
+
+def own_pipeline(size: int, shorter: int, mean, std, interpolation="bilinear"):
+    presets = pytest.importorskip("torchvision.transforms._presets")
+    mode = presets.InterpolationMode(interpolation)
+    return presets.ImageClassification(crop_size=size, resize_size=shorter, mean=mean, std=std, interpolation=mode)
+
+
+def test_each_model_sees_what_its_own_pipeline_gives():
+    table = photos()
+    native = pytest.importorskip("transformers").ConvNextImageProcessorPil(size={"shortest_edge": 14})
+    teachers = {
+        "teacher/net/": ImageProcessor(size=(12, 12), shorter=15, interpolation="bicubic", **SMALL),
+        "teacher/next/": image_processor(native),
+    }
+    batch = batch_of(prepared(table, STUDENT, teachers), table)
+    pipelines = {
+        "pixel_values": own_pipeline(8, 10, **SMALL),
+        "teacher/net/pixel_values": own_pipeline(12, 15, interpolation="bicubic", **SMALL),
+        "teacher/next/pixel_values": lambda picture: native(picture, return_tensors="pt")["pixel_values"][0],
+    }
+    assert set(batch) == {"sample_id", *pipelines}
+    for name, pipeline in pipelines.items():
+        expected = torch.stack([pipeline(picture) for picture in table["image"]])
+        torch.testing.assert_close(batch[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_models_that_agree_share_what_they_see():
+    table = photos()
+    same, normalised = ImageProcessor(size=(8, 8), shorter=10, **SMALL, native=object()), ImageProcessor((8, 8), 10)
+    teachers = {"teacher/same/": same, "teacher/other/": normalised, "teacher/large/": ImageProcessor(size=(9, 9))}
+    data = prepared(table, STUDENT, teachers).dataset(table, training=False, seed=0)
+    assert set(data.columns) == {"sample_id", "pixel_values", "teacher/large/pixel_values"}
+    assert data.columns["pixel_values"].dtype == torch.uint8
+    batch = data.__getitems__([0, 1])
+    assert set(batch) == {"sample_id", *(f"{who}pixel_values" for who in ("", "teacher/other/", "teacher/large/"))}
+    learned = fitted(table).learned
+    raw = batch["pixel_values"] * torch.tensor(SMALL["std"]).view(-1, 1, 1) + torch.tensor(SMALL["mean"]).view(-1, 1, 1)
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (learned.mean, learned.std))
+    torch.testing.assert_close(batch["teacher/other/pixel_values"], (raw - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+def test_two_teachers_share_the_pixels_that_the_student_does_not_see():
+    teachers = {
+        f"teacher/{name}/": ImageProcessor(size=(9, 9), mean=(mean,)) for name, mean in (("a", 0.1), ("b", 0.2))
+    }
+    data = prepared(photos(), STUDENT, teachers).dataset(photos(), training=False, seed=0)
+    assert set(data.columns) == {"sample_id", "pixel_values", "teacher/a/pixel_values"}
+    assert {"teacher/a/pixel_values", "teacher/b/pixel_values"} < set(data.__getitems__([0]))
+
+
+def test_without_teachers_of_their_own_nothing_changes():
+    table = pictures(*random_pixels(4, 6, 6, 3))
+    task = fitted(table)
+    before, data = batch_of(task, table), task.learned
+    task.prepare(None, {"teacher/": None, "teacher/b/": ImageProcessor(data.size, mean=data.mean, std=data.std)})
+    after = batch_of(task, table)
+    assert before.keys() == after.keys()
+    assert torch.equal(before["pixel_values"], after["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "shorter"),
+    [
+        ({}, (8, 8), 10),
+        ({"size": [6, 4]}, (6, 4), None),
+        ({"size": [6, 4], "resize": 7}, (6, 4), 7),
+        ({"resize": 9}, (8, 8), 9),
+        ({"mean": [0.1], "std": [0.7]}, (8, 8), 10),
+    ],
+)
+def test_what_the_recipe_says_holds_for_all_models(given, size, shorter):
+    teacher = ExactImageProcessor(size=(9, 9), squash=(12, 12), mean=(0.2,) * 3, std=(0.4,) * 3)
+    task = prepared(photos(), STUDENT, {"teacher/": teacher}, **given)
+    assert (task.own.size, task.own.shorter) == (size, shorter)
+    assert task.own.mean == tuple(given.get("mean", SMALL["mean"]))
+    assert task.own.std == tuple(given.get("std", SMALL["std"]))
+    batch = batch_of(task, photos())
+    assert batch["pixel_values"].shape == (5, 3, *size)
+    assert batch["teacher/pixel_values"].shape == (5, 3, *given.get("size", (9, 9)))
+    assert (task.dataset(photos(), training=False, seed=0).columns.keys() == {"sample_id", "pixel_values"}) == (
+        "size" in given
+    )
+
+
+def test_a_shorter_edge_alone_crops_the_square():
+    task = fitted(photos(), resize=7, **PLAIN)
+    assert task.facts()["image_size"] == (7, 7)
+    expected = own_pipeline(7, 7, (0.0,) * 3, (1.0,) * 3)
+    torch.testing.assert_close(pixels(task, photos()), torch.stack([expected(each) for each in photos()["image"]]))
+
+
+def test_statistics_of_pictures_of_all_sizes_count_each_alike():
+    dark, bright = np.full((4, 4, 3), 51, np.uint8), np.full((40, 40, 3), 204, np.uint8)
+    learned = fitted(pictures(dark, bright)).learned
+    np.testing.assert_allclose(learned.mean, [0.5] * 3, rtol=1e-6)
+    np.testing.assert_allclose(learned.std, [0.3] * 3, rtol=1e-3)
+
+
+def test_a_task_can_be_prepared_for_each_model_alone():
+    """The copies share what was learned; none may change what the others see."""
+    table = photos()
+    whole = prepared(table, STUDENT, {"teacher/": ImageProcessor(size=(9, 9))})
+    expected = batch_of(whole, table)
+    alone = copy.copy(whole)
+    alone.prepare(ImageProcessor(size=(9, 9)), {})
+    found = batch_of(alone, table)
+    assert set(found) == {"sample_id", "pixel_values"}
+    assert torch.equal(found["pixel_values"], expected["teacher/pixel_values"])
+    assert alone.facts()["image_size"] == (9, 9)
+    assert whole.facts()["image_size"] == (8, 8)
+    assert all(torch.equal(batch_of(whole, table)[name], expected[name]) for name in expected)
+
+
+def test_grey_images_for_a_model_of_colour_ones():
+    table = pictures(*random_pixels(3, 8, 8))
+    task = prepared(table, ImageProcessor(**SMALL))
+    found = pixels(task, table)
+    assert found.shape == (3, 3, 8, 8)
+    assert task.facts()["in_channels"] == 3
+    assert task.example_inputs(2)["pixel_values"].shape == (2, 3, 8, 8)
+    back = found * torch.tensor(SMALL["std"]).view(-1, 1, 1) + torch.tensor(SMALL["mean"]).view(-1, 1, 1)
+    torch.testing.assert_close(back, (torch.as_tensor(np.stack(random_pixels(3, 8, 8))) / 255)[:, None].expand_as(back))
+
+
+def test_a_model_for_other_channels_is_refused():
+    stored = random_pixels(3, 4, 9, 10).astype(np.float32)
+    task = fitted(arrays(stored, Array3D((4, 9, 10), "float32")))
+    for prepare in (lambda p: task.prepare(p, {}), lambda p: task.prepare(None, {"teacher/": p})):
+        with pytest.raises(TaskError, match="expected 4 numbers for mean"):
+            prepare(ImageProcessor(**SMALL))
+
+
+def test_arrays_are_cropped_too():
+    stored = random_pixels(3, 3, 20, 30).astype(np.float32)
+    table = arrays(stored, Array3D((3, 20, 30), "float32"))
+    found = pixels(prepared(table, ImageProcessor(size=(8, 8), shorter=10), mean=[0], std=[1]), table)
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    expected = transforms.CenterCrop(8)(transforms.Resize(10, antialias=True)(torch.as_tensor(stored)))
+    torch.testing.assert_close(found, expected)
+
+
+AUGMENTED = ["flip", {"shift": {"pixels": 3}}, {"mixup": {"alpha": 1.0}}]
+
+
+def test_models_see_the_same_view_of_a_sample():
+    """Another flip, shift or partner for the teacher would make its answer one about another image."""
+    table = photos(12, labels=[0, 1, 2] * 4)
+    brighter = ImageProcessor((8, 8), 11, mean=(0.0,) * 3, std=(0.5,) * 3)
+    student = ImageProcessor((8, 8), 10, mean=(0.0,) * 3, std=(1.0,) * 3)
+    task = prepared(table, student, {"teacher/": brighter, "teacher/b/": student}, augment=AUGMENTED)
+    batch = batch_of(task, table, training=True)
+    alone = copy.copy(task)
+    alone.prepare(brighter, {})
+    assert torch.equal(batch["teacher/pixel_values"], batch_of(alone, table, training=True)["pixel_values"])
+    same = prepared(
+        table, student, {"teacher/": ImageProcessor((8, 8), 10, mean=(0.0,), std=(0.5,))}, augment=AUGMENTED
+    )
+    batch = batch_of(same, table, training=True)
+    torch.testing.assert_close(batch["teacher/pixel_values"], 2 * batch["pixel_values"])
+
+
+@pytest.mark.parametrize("limit", [2**31, 0])
+def test_views_of_teachers_are_a_function_of_seed_epoch_and_id(monkeypatch, limit):
+    monkeypatch.setattr(image_classification, "MEMORY_LIMIT", limit)
+    table = photos(6)
+    augment = [{"resized_crop": {"area": [0.3, 1]}}, "flip", {"mixup": {"alpha": 1.0}}]
+    task = prepared(table, STUDENT, {"teacher/": ImageProcessor(size=(9, 9))}, augment=augment)
+    data = task.dataset(table, training=True, seed=5)
+    assert type(data) is (Lazy if limit == 0 else InMemory)
+    whole = data.__getitems__(list(range(6)))
+    torch.manual_seed(1)
+    data.set_epoch(1)
+    assert not torch.equal(data.__getitems__([0])["teacher/pixel_values"], whole["teacher/pixel_values"][:1])
+    data.set_epoch(0)
+    for rows in ([4, 1], [1], [5, 4, 3, 2, 1, 0]):
+        batch = data.__getitems__(rows)
+        assert all(torch.equal(batch[name], whole[name][rows]) for name in whole)
+
+
+def test_reading_on_demand_gives_the_same_views(monkeypatch):
+    table = photos(6)
+    task = prepared(table, STUDENT, {"teacher/": ImageProcessor(size=(9, 9))}, augment=["resized_crop", "flip"])
+    held = batch_of(task, table, training=True, rows=[3, 1])
+    monkeypatch.setattr(image_classification, "MEMORY_LIMIT", 6 * 3 * (10 * 10 + 9 * 9) - 1)
+    data = task.dataset(table, training=True, seed=3)
+    assert type(data) is Lazy
+    assert all(torch.equal(value, held[name]) for name, value in data.__getitems__([3, 1]).items())
+    monkeypatch.setattr(image_classification, "MEMORY_LIMIT", 6 * 3 * (10 * 10 + 9 * 9))
+    assert type(task.dataset(table, training=True, seed=3)) is InMemory
+
+
+def test_a_resized_crop_is_taken_from_all_that_is_left_of_the_picture():
+    """Cropping the middle first and then at random would never show the borders."""
+    table = photos(labels=[0, 1, 2, 0, 1])
+    teacher = ImageProcessor((9, 9), 10, **SMALL)
+    whole = {"resized_crop": {"area": [1, 1], "ratio": [1, 1]}}
+    task = prepared(table, STUDENT, {"teacher/": teacher}, augment=[whole])
+    data = task.dataset(table, training=True, seed=3)
+    assert data.columns["pixel_values"].shape == (5, 3, 10, 10)
+    assert "teacher/pixel_values" not in data.columns  # one canvas for both
+    batch = data.__getitems__([0, 1, 2, 3, 4])
+    squared = torch.stack([own_pipeline(10, 10, (0,) * 3, (1,) * 3)(picture) for picture in table["image"]])
+    for name, edge in (("pixel_values", 8), ("teacher/pixel_values", 9)):
+        expected = torch.nn.functional.interpolate(squared, (edge, edge), mode="bilinear", antialias=True)
+        mean, std = (torch.tensor(SMALL[each]).view(-1, 1, 1) for each in ("mean", "std"))
+        torch.testing.assert_close(batch[name], (expected - mean) / std, rtol=1e-5, atol=1e-5)
+    assert batch_of(task, table)["pixel_values"].shape == (5, 3, 8, 8)
+    assert task.dataset(table, training=False, seed=0).columns["pixel_values"].shape == (5, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        STUDENT,
+        ImageProcessor(interpolation="bicubic", size=(6, 8)),
+        ExactImageProcessor(size=(8, 8), squash=(11, 12), interpolation="lanczos"),
+        ExactImageProcessor(size=(8, 8), shorter=11, floor=True),
+    ],
+)
+def test_what_a_model_wants_is_saved_with_it(processor):
+    task = prepared(photos(), processor, {"teacher/": None}, size=None)
+    again = ImageClassification()
+    again.restore(json.loads(json.dumps(task.settings())))
+    assert torch.equal(pixels(again, photos(6)), batch_of(alone(task, processor), photos(6))["pixel_values"])
+    assert again.settings() == task.settings()
+    assert again.facts() == task.facts()
+    assert again.own == task.own
+
+
+def alone(task: ImageClassification, processor) -> ImageClassification:
+    task = copy.copy(task)
+    task.prepare(processor, {})
+    return task
+
+
+def test_settings_of_older_versions_are_read():
+    old = {"label": "label", "label_names": ["a"], "image": "image", "size": [4, 6]}
+    task = ImageClassification()
+    task.restore({**old, "channels": 1, "mean": [0.5], "std": [0.25]})
+    ramp = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    np.testing.assert_allclose(pixels(task, pictures(ramp))[0, 0], (ramp / 255 - 0.5) / 0.25, rtol=1e-5)
+
+
+def test_settings_without_a_size_say_so_when_one_is_needed():
+    again = ImageClassification()
+    again.restore(json.loads(json.dumps(fitted(photos()).settings())))
+    with pytest.raises(TaskError, match="images differ in size"):
+        pixels(again, photos())
+
+
+def test_timm_sees_the_same():
+    timm_data = pytest.importorskip("timm.data")
+    config = {"input_size": (3, 24, 24), "crop_pct": 0.9, "interpolation": "bicubic", "mean": (0.4,) * 3}
+    pipeline = timm_data.create_transform(**config, std=(0.3,) * 3)
+    wanted = ImageProcessor((24, 24), int(24 / 0.9), "bicubic", (0.4,) * 3, (0.3,) * 3)
+    expected = torch.stack([pipeline(picture) for picture in photos()["image"]])
+    torch.testing.assert_close(pixels(prepared(photos(), wanted), photos()), expected, rtol=1e-5, atol=1e-5)

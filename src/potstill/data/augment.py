@@ -16,25 +16,27 @@ from potstill.registry import augmentations
 Step = str | Mapping[str, Any]
 """One entry of ``data.augment``: a name, or a name with its options: ``{shift: {pixels: 2}}``."""
 
+Finish = Callable[[Tensor], Tensor] | None
+"""Normalisation, applied after the augmentations."""
+
 
 @dataclass(frozen=True)
 class Views:
     """What a training batch goes through: augmentations of the main input, normalisation, mixing of samples.
 
     Attributes:
-        key: the batch entry that is augmented, such as ``pixel_values``.
+        keys: the entries of the view, such as ``pixel_values`` and ``teacher/pixel_values``, each with the stored
+            entry that it is made of and its normalisation; stored entries that are not among them are left out.
         seed: the seed of the views.
-        steps: pairs of a function and its options, applied to the entry in order.
+        steps: pairs of a function and its options, applied to every stored entry in order, with the same draws.
         mixes: the same for functions of the whole batch, applied last.
-        finish: normalisation, applied after the steps.
         num_classes: classes of the task, for soft labels.
     """
 
-    key: str
+    keys: Mapping[str, tuple[str, Finish]]
     seed: int
     steps: tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...] = ()
     mixes: tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...] = ()
-    finish: Callable[[Tensor], Tensor] | None = None
     num_classes: int = 0
 
     def __call__(self, batch: Batch, epoch: int, lookup: Callable[[Tensor], Batch]) -> Batch:
@@ -52,12 +54,18 @@ class Views:
         return seen
 
     def _augmented(self, batch: Batch, epoch: int) -> Batch:
-        value = batch[self.key]
+        stored = {name: batch[name] for name, _ in self.keys.values()}
         if self.steps:
             draws = Draws(self.seed, epoch, batch["sample_id"])
             for place, (function, options) in enumerate(self.steps):
-                value = function(value, draws=draws.scope(f"step {place}"), **options)
-        return {**batch, self.key: value if self.finish is None else self.finish(value)}
+                scoped = draws.scope(f"step {place}")
+                stored = {name: function(value, draws=scoped, **options) for name, value in stored.items()}
+        others = {name: value for name, value in batch.items() if name not in stored}
+        made = {
+            output: stored[name] if finish is None else finish(stored[name])
+            for output, (name, finish) in self.keys.items()
+        }
+        return {**others, **made}
 
 
 def check_augmentations(steps: Sequence[Step], kind: str, path: tuple[str | int, ...]) -> list[Problem]:
@@ -86,9 +94,23 @@ def check_augmentations(steps: Sequence[Step], kind: str, path: tuple[str | int,
 
 
 def make_views(
-    steps: Sequence[Step], *, key: str, seed: int, num_classes: int, finish: Callable[[Tensor], Tensor] | None
+    steps: Sequence[Step],
+    *,
+    seed: int,
+    num_classes: int,
+    key: str = "",
+    finish: Finish = None,
+    keys: Mapping[str, tuple[str, Finish]] | None = None,
 ) -> Views:
     """Return the views that a recipe's ``data.augment`` asks for.
+
+    Args:
+        steps: the recipe's entries.
+        seed: the seed of the views.
+        num_classes: classes of the task, for soft labels.
+        key: the entry that is augmented, where there is one.
+        finish: its normalisation.
+        keys: in place of ``key`` and ``finish``, several entries; see :class:`Views`.
 
     Raises:
         DataError: an entry is no augmentation or has wrong options.
@@ -101,7 +123,8 @@ def make_views(
             raise DataError("; ".join(str(problem) for problem in problems))
         mixes = augmentations.facts(name).get("kind") == "mix"
         parts["mixes" if mixes else "steps"].append((augmentations.get(name), options))
-    return Views(key, seed, tuple(parts["steps"]), tuple(parts["mixes"]), finish, num_classes)
+    made = {key: (key, finish)} if keys is None else dict(keys)
+    return Views(made, seed, tuple(parts["steps"]), tuple(parts["mixes"]), num_classes)
 
 
 def split_step(step: Step) -> tuple[str, Mapping[str, Any]]:

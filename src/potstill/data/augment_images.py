@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.data.draws import Draws
+from potstill.data.pictures import resized
 from potstill.errors import ComponentError, DataError
 from potstill.interfaces import Batch
 from potstill.registry import augmentations
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Positive = Annotated[float, Field(gt=0)]
 
 _INDICES = 1 << 53
 
@@ -64,6 +69,43 @@ def shift(images: Tensor, *, draws: Draws, pixels: Annotated[int, Field(ge=1)] =
     """Move each image ``[B, C, H, W]`` by at most ``pixels`` in x and in y; what comes into view has value ``fill``."""
     dy, dx = (draws.integers(f"shift.{axis}", -pixels, pixels + 1) for axis in "yx")
     return _move(images, dy, dx, "constant", fill)
+
+
+@augmentations.register("resized_crop", kind="image", canvas=True, reference="https://arxiv.org/abs/1409.4842")
+def resized_crop(
+    images: Tensor,
+    *,
+    draws: Draws,
+    area: tuple[_Share, _Share] = (0.08, 1.0),
+    ratio: tuple[_Positive, _Positive] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Show a part of each image of random area and shape, resized to the whole (Szegedy et al., 2015).
+
+    The rule is that of torchvision's ``RandomResizedCrop``: the first of ten tries that fits, else the largest middle
+    part of an allowed shape. Whether a try fits is told before rounding to pixels, so that two copies of an image in
+    different resolutions show the same part.
+
+    Args:
+        images: float or uint8 ``[B, C, H, W]``.
+        draws: random numbers of these samples.
+        area: least and largest share of the image that is shown; torchvision's ``scale``.
+        ratio: least and largest width by height of the part, drawn evenly on a logarithmic scale.
+
+    Returns:
+        The same type and shape; resizing is bilinear, smoothed where the part shrinks.
+
+    Raises:
+        DataError: a range begins above its end.
+    """
+    for name, (low, high) in (("area", area), ("ratio", ratio)):
+        if low > high:
+            raise DataError(f"resized_crop: expected {name} as [least, largest], got {[low, high]}")
+    size, views = (images.shape[-2], images.shape[-1]), torch.empty_like(images)
+    direct = images.is_floating_point() or images.device.type == "cpu"  # there torch resizes bytes, and much faster
+    for i, (top, left, height, width) in enumerate(_boxes(images.shape[-2:], draws, area, ratio)):
+        part = images[i : i + 1, :, top : top + height, left : left + width]
+        views[i] = (F.interpolate(part, size, mode="bilinear", antialias=True) if direct else resized(part, size))[0]
+    return views
 
 
 @augmentations.register("randaugment", kind="image", reference="https://arxiv.org/abs/1909.13719")
@@ -145,6 +187,28 @@ def mixup(
     if "labels" in batch:
         mixed["labels"] = mixed["labels"] * _labelled(batch["labels"], others["labels"])[:, None]
     return mixed
+
+
+def _boxes(
+    whole: Sequence[int], draws: Draws, area: tuple[float, float], ratio: tuple[float, float]
+) -> list[tuple[int, int, int, int]]:
+    """Return top, left, height and width of the part of each image that is shown."""
+    height, width = whole
+    share = area[0] + (area[1] - area[0]) * draws.uniform("resized_crop.area", 10).double()
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    shape = torch.exp(low + (high - low) * draws.uniform("resized_crop.shape", 10).double())
+    tries = torch.stack(
+        [(share / shape * width / height).sqrt(), (share * shape * height / width).sqrt()]
+    )  # of the edges
+    fits = (tries <= 1 + 1e-9).all(0)
+    first = tries.gather(2, fits.int().argmax(1).expand(2, -1)[:, :, None])[:, :, 0]
+    middle = torch.tensor([min(1.0, width / height / ratio[0]), min(1.0, ratio[1] * height / width)]).double()
+    chosen = torch.where(fits.any(1), first, middle[:, None].to(first.device))
+    edges = torch.tensor([height, width], device=chosen.device)[:, None]
+    size = (chosen * edges).round().long().clamp(min=1).minimum(edges)
+    place = torch.stack([draws.uniform(f"resized_crop.{axis}") for axis in "yx"]).double()
+    corner = torch.where(fits.any(1), (place * (edges - size + 1)).long(), (edges - size) // 2)
+    return [(top, left, h, w) for top, left, h, w in torch.cat([corner, size]).T.tolist()]
 
 
 def _mix(ours: Tensor, theirs: Tensor, ratio: Tensor) -> Tensor:

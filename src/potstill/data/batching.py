@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from potstill.interfaces import Batch
 
@@ -37,7 +39,12 @@ class InMemory(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return these samples as one batch."""
         batch = self.raw(torch.as_tensor(indices, dtype=torch.int64))
-        return batch if self.view is None else self.view(batch, int(self._epoch), self._any)
+        return batch if self.view is None else self.view(batch, self.epoch, self._any)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose views are handed out."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the views of this epoch."""
@@ -72,6 +79,38 @@ class Lazy(InMemory):
         return {**super().raw(indices), **self.read(indices.tolist())}
 
 
+class LengthSampler(Sampler[int]):
+    """Samples in random order, those of like length in one batch, so that little is padded.
+
+    The order is a pure function of (seed, epoch): a training that is stopped goes on with the batch that would have
+    come next.
+
+    Args:
+        dataset: with ``lengths``, one a sample, and ``epoch``.
+        batch_size: samples of a batch, in one process.
+        seed: of the order.
+        pool: batches that are sorted together; more pad less, and mix less.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, *, seed: int, pool: int = 50) -> None:
+        self.dataset, self.batch_size, self.seed, self.pool = dataset, batch_size, seed, pool
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = np.random.default_rng([self.seed, self.dataset.epoch])
+        lengths = np.asarray(self.dataset.lengths)
+        order = draw.permutation(len(lengths))
+        size = self.batch_size * self.pool
+        pools = [order[start : start + size] for start in range(0, len(order), size)]
+        ordered = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+        whole = len(ordered) // self.batch_size
+        blocks = ordered[: whole * self.batch_size].reshape(whole, self.batch_size)[draw.permutation(whole)]
+        yield from blocks.reshape(-1).tolist()
+        yield from ordered[whole * self.batch_size :].tolist()
+
+
 def _shared_zero() -> Tensor:
     """Return a number that the workers of a loader see change."""
     zero = torch.zeros((), dtype=torch.int64)
@@ -80,7 +119,14 @@ def _shared_zero() -> Tensor:
     return zero
 
 
-def batches(dataset: Any, batch_size: int) -> Iterator[Batch]:
-    """Yield a data set in order, ``batch_size`` samples at a time, the last batch smaller."""
-    for start in range(0, len(dataset), batch_size):
-        yield dataset.__getitems__(list(range(start, min(start + batch_size, len(dataset)))))
+def length_order(dataset: Any) -> NDArray[np.int64] | None:
+    """Return the places of a data set's samples, the longest first; ``None`` where they have no lengths."""
+    lengths = getattr(dataset, "lengths", None)
+    return None if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
+
+
+def batches(dataset: Any, batch_size: int, order: NDArray[np.int64] | None = None) -> Iterator[Batch]:
+    """Yield a data set in order, or in another one, ``batch_size`` samples at a time, the last batch smaller."""
+    places = range(len(dataset)) if order is None else order.tolist()
+    for start in range(0, len(places), batch_size):
+        yield dataset.__getitems__(list(places[start : start + batch_size]))

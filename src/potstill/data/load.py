@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -77,8 +77,9 @@ def load_splits(
         limit: rows to keep of a split, as a random subset in the old order; a larger limit only adds rows.
         label: the column of classes, under our name; ``None`` for regression or where there is none. Strings, integers
             and booleans become a ``ClassLabel``: strings in the order of ``label_names`` or sorted over all splits,
-            integers named by ``label_names`` or by their digits. -1, null and ``""`` mean unlabelled and become -1.
-            Floats and lists stay as they are. A data set without this column is a transfer set without labels.
+            integers named by ``label_names`` or by their digits; a ``ClassLabel`` may be put in another order. -1, null
+            and ``""`` mean unlabelled and become -1. Floats and lists stay as they are. A data set without this column
+            is a transfer set without labels.
         label_names: the names of the classes in the order of their ids, where the data set gives none.
         validation: share (below 1) or number of the training split's rows to carve if there is no validation split;
             0 for none.
@@ -99,12 +100,55 @@ def load_splits(
     title = f"'{path or source}'"
     context = {"path": path, "name": name, "revision": revision, "base": base, "splits": splits or {}, "seed": seed}
     loaded = _read(source, context, dict(kwargs or {}), allow_code)
-    tables = _choose(loaded.splits, splits or {}, title)
-    notes = list(loaded.notes)
+    found = splits_from(
+        _choose(loaded.splits, splits or {}, title),
+        columns=columns,
+        limit=limit,
+        label=label,
+        label_names=label_names,
+        validation=validation,
+        test=test,
+        seed=seed,
+        title=title,
+    )
+    return replace(found, notes=[*loaded.notes, *found.notes])
+
+
+def splits_from(
+    tables: Mapping[str, Dataset],
+    *,
+    columns: Mapping[str, str] | None = None,
+    limit: Mapping[str, int] | None = None,
+    label: str | None = None,
+    label_names: Sequence[str] | None = None,
+    validation: float | int = 0.1,
+    test: float | int = 0.2,
+    seed: int = 42,
+    title: str = "the data",
+) -> Splits:
+    """Return tables that are there already as splits: columns renamed, ids added, classes named, missing splits carved.
+
+    Args:
+        tables: ``train``, and ``validation`` and ``test`` where there are such splits.
+        columns: as in :func:`load_splits`, like all that follow.
+        limit: rows to keep of a split.
+        label: the column of classes.
+        label_names: the names of the classes.
+        validation: share or number of rows to carve where there is no validation split.
+        test: share or number of rows to carve where there is no test split.
+        seed: of what is drawn.
+        title: what the data are called in messages.
+
+    Raises:
+        DataError: the data lack a column or a label.
+    """
+    tables = dict(tables)
+    notes: list[str] = []
     for split in tables:
         table = _rename(tables[split], columns or {}, split, title, optional={label} if split != "train" else set())
         tables[split] = _with_ids(table, f"the split '{split}' of {title}")
     notes += _name_labels(tables, label, label_names, title)
+    notes += _without_hidden_test(tables, label, title)
     notes += _carve(tables, {"test": test, "validation": validation}, label, seed, title)
     notes += _limit(tables, limit or {}, seed, title)
     return Splits(tables["train"], tables.get("validation"), tables.get("test"), notes)
@@ -319,6 +363,9 @@ def _from_class_labels(columns: Mapping[str, _Labels], names: list[str], where: 
             _check_range(ids[split], own[split], f"the split '{split}'", where)
             ids[split] = np.array([*(classes.index(name) for name in own[split]), -1])[ids[split]]
             remarks.append(f"{split} numbers the classes of {where} differently; they were matched by name")
+    if names != classes and sorted(names) == sorted(classes):
+        order = np.array([*(names.index(name) for name in classes), -1])
+        return names, {split: order[each] for split, each in ids.items()}, [*remarks, f"{where}: classes reordered"]
     if names and names != classes and (classes != [str(i) for i in range(len(classes))] or len(names) != len(classes)):
         raise DataError(f"the data name the classes of {where} themselves ({', '.join(classes)}); remove `label_names`")
     return names or classes, ids, remarks
@@ -376,6 +423,21 @@ def _check_range(ids: NDArray[np.int64], classes: Sequence[str], where: str, lab
             f"{where}, row {wrong[0]}: the label '{label}' is {ids[wrong[0]]}, expected 0 to {len(classes) - 1} "
             f"({', '.join(classes[:6])}{', …' if len(classes) > 6 else ''}), or -1 for an unlabelled row"
         )
+
+
+def _without_hidden_test(tables: _Tables, label: str | None, title: str) -> list[str]:
+    """Let the validation split stand for a test split whose labels are kept back, as in GLUE; another is carved."""
+    held = [split for split in ("test", "validation") if split in tables and _has_labels(tables[split], label)]
+    if "test" not in tables or "validation" not in held or "test" in held or label not in tables["test"].column_names:
+        return []
+    tables["test"] = tables.pop("validation")
+    return [f"the test split of {title} keeps its labels back: models are judged on the validation split"]
+
+
+def _has_labels(table: Dataset, label: str | None) -> bool:
+    if label is None or label not in table.column_names or not isinstance(table.features[label], ClassLabel):
+        return False
+    return bool((_integers(_column(table, label)) >= 0).any())
 
 
 def _carve(tables: _Tables, sizes: Mapping[str, float | int], label: str | None, seed: int, title: str) -> list[str]:

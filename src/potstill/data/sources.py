@@ -131,6 +131,22 @@ def from_files(
     return Loaded({split: reader.read(files) for split, files in groups.items()}, reader.notes)
 
 
+@sources.register("given")
+def given(path: str) -> Loaded:
+    """Stand for tables that were given in Python, where they are no longer there.
+
+    Args:
+        path: what the tables hold, as a hash.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(
+        f"the data of this run (content {path}) were given in Python and are not on disk; "
+        "call `Distiller.distill` with them again, or say `data: {source: files, path: …}`"
+    )
+
+
 @sources.register("sklearn")
 def from_sklearn(path: str, *, seed: int = 42, **kwargs: Any) -> Loaded:
     """Load a data set that comes with scikit-learn, or generate one.

@@ -29,7 +29,7 @@ def bytes_on_disk(folder: Path) -> int:
 @torch.no_grad()
 def latencies(
     models: Mapping[str, nn.Module],
-    task: Task,
+    tasks: Mapping[str, Task],
     *,
     rounds: int = 30,
     budget_s: float = 10.0,
@@ -41,19 +41,20 @@ def latencies(
 
     Args:
         models: name to model; put in eval mode.
-        task: makes the inputs and calls the model.
+        tasks: name to the task that makes the inputs of that model and calls it.
         rounds: forwards of each model and batch size, after two that do not count.
         budget_s: seconds after which no further round begins.
         device: where to measure.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in models}
     for size in BATCH_SIZES:
-        batch = {name: value.to(device) for name, value in task.example_inputs(size).items()}
+        made = {name: tasks[name].example_inputs(size) for name in models}
+        inputs = {name: {key: value.to(device) for key, value in batch.items()} for name, batch in made.items()}
         times: dict[str, list[float]] = {name: [] for name in models}
         end = time.perf_counter() + budget_s / len(BATCH_SIZES)
         for turn in range(rounds + 2):
             for name, model in models.items():
-                seconds = _timed(model.eval().to(device), task, batch)
+                seconds = _timed(model.eval().to(device), tasks[name], inputs[name])
                 if turn >= 2:
                     times[name].append(seconds)
             if turn >= 4 and time.perf_counter() > end:

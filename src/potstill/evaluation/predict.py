@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from potstill.data.batching import batches
+from potstill.data.batching import batches, length_order
 from potstill.interfaces import BatchDataset, Task
 
 
@@ -72,7 +72,9 @@ def predict(
     try:
         model.eval().to(device)
         steps = -(-len(dataset) // batch_size)
-        for batch in tqdm(batches(dataset, batch_size), desc=bar, total=steps, disable=bar is None, leave=False):
+        order = length_order(dataset)
+        every = batches(dataset, batch_size, order)
+        for batch in tqdm(every, desc=bar, total=steps, disable=bar is None, leave=False):
             placed = {name: value.to(device) for name, value in batch.items()}
             logits.append(task.forward(model, placed)["logits"].float().cpu())
             ids.append(batch["sample_id"])
@@ -80,8 +82,9 @@ def predict(
                 labels.append(batch["labels"])
     finally:
         model.train(was_training).to(home)
+    back = slice(None) if order is None else np.argsort(order)
     return Predictions(
-        torch.cat(logits).numpy(),
-        torch.cat(labels).numpy() if labels else None,
-        torch.cat(ids).numpy(),
+        torch.cat(logits).numpy()[back],
+        torch.cat(labels).numpy()[back] if labels else None,
+        torch.cat(ids).numpy()[back],
     )

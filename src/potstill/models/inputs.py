@@ -78,12 +78,18 @@ def respond(model: nn.Module, batch: Mapping[str, Tensor]) -> Signals:
     return responses(call(model, batch))
 
 
-def teacher_view(batch: Batch) -> Batch:
-    """Return the batch as the teacher sees it: its own entries (``teacher/…``) over the shared ones."""
-    own = {name.removeprefix(TEACHER_PREFIX): v for name, v in batch.items() if name.startswith(TEACHER_PREFIX)}
+def teacher_view(batch: Batch, prefix: str = TEACHER_PREFIX) -> Batch:
+    """Return the batch as a teacher sees it: its own entries (``teacher/…``, ``teacher/NAME/…``) over the shared ones.
+
+    A teacher with a main input of its own shares none of the student's inputs: a mask or token types of other tokens
+    would be wrong.
+    """
+    own = {name.removeprefix(prefix): v for name, v in batch.items() if name.startswith(prefix)}
     if not own:
         return batch
-    return {**{name: v for name, v in batch.items() if not name.startswith(TEACHER_PREFIX)}, **own}
+    alone = any(name in MAIN_INPUTS for name in own)
+    shared = _BESIDE if alone else {name for name in batch if not name.startswith(TEACHER_PREFIX)}
+    return {**{name: value for name, value in batch.items() if name in shared}, **own}
 
 
 def _base(model: nn.Module) -> nn.Module:

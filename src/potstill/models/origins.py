@@ -39,12 +39,10 @@ class TextProcessor:
     """How a model wants its texts.
 
     Attributes:
-        tokenizer: a tokenizer of transformers.
-        accepts: names of the inputs that the model's forward takes; ``None`` where they cannot be told.
+        tokenizer: a tokenizer of transformers, with a padding token.
     """
 
     tokenizer: Any
-    accepts: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,12 @@ class Origin(Protocol):
         ...
 
     def complete(self, name: str, kwargs: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options with which ``build(…, {}, pretrained=False)`` makes the same architecture without facts."""
+        """Return the options with which ``build`` makes the same architecture without facts."""
         ...
 
-    def processor(self, name: str, kwargs: Mapping[str, Any]) -> ImageProcessor | TextProcessor | None:
+    def processor(
+        self, name: str, kwargs: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> ImageProcessor | TextProcessor | None:
         """Return how the model wants its inputs, without building it."""
         ...
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ from transformers import TrainerCallback, TrainingArguments
 
 from potstill.data.augment import split_step
 from potstill.data.load import Splits, load_splits
-from potstill.errors import DataError, TrainingError
-from potstill.interfaces import Task
+from potstill.errors import DataError, ObjectiveError, TrainingError
+from potstill.interfaces import Batch, Task
 from potstill.losses.objective import Objective, Term
+from potstill.models.hugging_face import hub_commit
+from potstill.models.inputs import TEACHER_PREFIX
 from potstill.models.load import Blueprint, read_card
-from potstill.recipe.schema import ModelSpec, Recipe, TeacherSpec, TermSpec, TrainSpec
+from potstill.recipe.schema import ModelSpec, Recipe, TeacherSpec, TermSpec, TrainSpec, WhoSpec
 from potstill.registry import callbacks, tasks
+from potstill.runs.cache import file_hash
 from potstill.training.callbacks import MaxNorm
 from potstill.training.optimizers import Choice, find_optimizer, find_scheduler, make_scheduler
+
+_BY_TOKEN = re.compile(r"(^|[./])(hidden|attention|query|key|value)\.\d+$")
 
 DEFAULTS: dict[str, Any] = {
     "logging_strategy": "steps",
@@ -98,13 +105,129 @@ def make_splits(recipe: Recipe, *, allow_code: bool = True) -> Splits:
 
 
 def make_blueprint(spec: ModelSpec) -> Blueprint:
-    """Return how to build a model."""
-    return Blueprint(spec.model, spec.kwargs, None if spec.weights is None else Path(spec.weights).expanduser())
+    """Return how to build a model by its reference."""
+    weights = spec.weights if spec.weights is None or "://" in spec.weights else Path(spec.weights).expanduser()
+    return Blueprint(spec.model, spec.kwargs, weights, spec.pretrained)
+
+
+def student_blueprint(recipe: Recipe, saved: Callable[[str], Path] | None = None) -> Blueprint:
+    """Return how to build the student.
+
+    Args:
+        recipe: the recipe.
+        saved: teacher's name to the folder where it is saved, for a student cut from a fine-tuned teacher; without it
+            such a student is cut from the teacher as it began.
+    """
+    spec = recipe.student
+    if spec.from_teacher is None:
+        fields_ = {key: getattr(spec, key) for key in WhoSpec.model_fields}
+        return make_blueprint(ModelSpec(model=spec.model or "", **fields_))
+    owner = _owner(recipe)
+    whole = make_blueprint(recipe.all_teachers[owner])
+    if spec.from_teacher.weights == "finetuned" and saved is not None:
+        whole = Blueprint(str(saved(owner)))
+    return replace(whole, keep_blocks=tuple(spec.from_teacher.keep_blocks), container=spec.from_teacher.container)
+
+
+def student_name(recipe: Recipe) -> str:
+    """Return the student's reference, or how it is cut."""
+    cut = recipe.student.from_teacher
+    if cut is None:
+        return str(recipe.student.model)
+    return f"blocks {', '.join(str(place) for place in cut.keep_blocks)} of {recipe.all_teachers[_owner(recipe)].model}"
+
+
+def fingerprint(spec: ModelSpec) -> Any:
+    """Return what decides a model before it is trained, as plain data: the content of its files, not their place."""
+    folder = Path(spec.model).expanduser()
+    model: Any = spec.model
+    if folder.is_dir():
+        kinds = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
+        model = {file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.suffix in kinds}
+    elif spec.pretrained and ":" not in spec.model:
+        model = hub_commit(spec.model, spec.kwargs)
+    remote = spec.weights is None or "://" in spec.weights
+    return [model, spec.weights if remote else file_hash(Path(str(spec.weights)).expanduser())]
+
+
+def teacher_prefix(recipe: Recipe, name: str) -> str:
+    """Return what a teacher's own entries in a batch begin with."""
+    return TEACHER_PREFIX if len(recipe.all_teachers) == 1 else f"{TEACHER_PREFIX}{name}/"
+
+
+def find_processors(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """Return how each model wants its inputs, by the teacher's name or ``student``; equal ones are one object.
+
+    Raises:
+        ModelError: a model comes without the tokenizer or image processor that the task needs.
+    """
+    facts = task.facts()
+    if "auto_model" not in facts:  # a task of plain tensors
+        return dict.fromkeys(["student", *recipe.all_teachers])
+    blueprints = {"student": student_blueprint(recipe)}
+    blueprints |= {name: make_blueprint(spec) for name, spec in recipe.all_teachers.items()}
+    specs: dict[str, WhoSpec] = {"student": recipe.student, **recipe.all_teachers}
+    if recipe.student.from_teacher is not None:
+        specs["student"] = recipe.all_teachers[_owner(recipe)]
+    made: dict[str, Any] = {}
+    found = {}
+    for name, blueprint in blueprints.items():
+        other = specs[name].processor
+        source = blueprint if other is None else Blueprint(other)
+        key = f"{source.model} {dict(source.kwargs)}"
+        if key not in made:
+            made[key] = source.processor(facts) or _saved_processor(source, recipe)
+        found[name] = made[key]
+    return found
+
+
+def _saved_processor(blueprint: Blueprint, recipe: Recipe) -> Any:
+    """Return how a plain model that potstill saved had its inputs, where its task has a word for it."""
+    card = None if blueprint.folder is None else read_card(blueprint.folder)
+    if card is None or card.get("task") != recipe.task.name:
+        return None
+    task = tasks.get(recipe.task.name)()
+    task.restore(card["settings"])
+    return getattr(task, "own", None)
+
+
+def check_tokens(recipe: Recipe, objective: Objective, batch: Batch) -> None:
+    """Raise if a term compares positions of texts that teacher and student see as different tokens.
+
+    Raises:
+        ObjectiveError: names the term, the signal and what to do.
+    """
+    for name in recipe.all_teachers:
+        if f"{teacher_prefix(recipe, name)}input_ids" not in batch:
+            continue
+        for term_name, term in objective.named_terms():
+            several = len(recipe.all_teachers) > 1
+            own = [s for s in term.teacher if not term.hard and (not several or s.startswith(f"{name}/"))]
+            signal = next((s for s in own if _BY_TOKEN.search(s)), None)
+            if signal is not None:
+                raise ObjectiveError(
+                    f"objective.{term_name} compares '{signal}' token by token, and the teacher '{name}' and the "
+                    "student have different tokenizers; give both the same one with `processor:`, or compare `logits`"
+                )
+
+
+def prepared(task: Task, student: Any, teachers: Mapping[str, Any] | None = None) -> Task:
+    """Return a copy of a fitted task for these models; see :meth:`potstill.interfaces.Task.prepare`."""
+    own = copy.copy(task)
+    own.prepare(student, dict(teachers or {}))
+    return own
+
+
+def prepared_for_distillation(recipe: Recipe, task: Task, processors: Mapping[str, Any]) -> Task:
+    """Return a copy of a fitted task that makes the inputs of the student and of every teacher."""
+    teachers = {teacher_prefix(recipe, name): processors[name] for name in recipe.all_teachers}
+    return prepared(task, processors["student"], teachers)
 
 
 def is_random(spec: TeacherSpec) -> bool:
-    """Return whether a teacher certainly knows nothing: a model of potstill's own, not trained and without weights."""
-    return spec.train is None and spec.weights is None and spec.model.startswith("potstill:")
+    """Return whether a teacher certainly knows nothing: an architecture, not trained and without weights."""
+    new = spec.model.startswith("potstill:") or not spec.pretrained
+    return spec.train is None and spec.weights is None and new
 
 
 def make_objective(recipe: Recipe, task: Task) -> Objective:
@@ -186,7 +309,10 @@ def make_training(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise TrainingError(f"train: {error}") from error
-    keywords: dict[str, Any] = {"projector_learning_rate": spec.projector_learning_rate}
+    keywords: dict[str, Any] = {
+        "projector_learning_rate": spec.projector_learning_rate,
+        "group_by_length": spec.group_by_length,
+    }
     if optimizer.target is not None:
         keywords["optimizer_cls_and_kwargs"] = optimizer.target, {"lr": spec.learning_rate, **optimizer.options}
     keywords["scheduler"] = make_scheduler(scheduler)
@@ -225,6 +351,12 @@ def make_term(spec: TermSpec) -> Term:
         project=spec.project,
         **spec.options,
     )
+
+
+def _owner(recipe: Recipe) -> str:
+    """Return the name of the teacher from which the student is cut."""
+    cut = recipe.student.from_teacher
+    return (cut.teacher if cut is not None else None) or next(iter(recipe.all_teachers))
 
 
 def _label_names(recipe: Recipe, splits: Splits) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ Path_ = tuple[str | int, ...]
 _CONTEXT = frozenset({"path", "name", "revision", "base", "splits", "seed"})
 """What a data source is given beside its ``kwargs``."""
 
-RESERVED = ("baseline", "distilled", "evaluate")
-"""Names of the steps of a run, which no teacher can have."""
+RESERVED = ("student", "baseline", "distilled", "evaluate")
+"""Names of the student and of the steps of a run, which no teacher can have."""
 
 MANAGED = {
     "num_train_epochs": "epochs",
@@ -121,19 +121,57 @@ def _models(tree: Mapping[str, Any], allow_code: bool, folder: Path | None) -> l
     problems: list[Problem] = []
     for path in places:
         section = _section(tree, *path)
-        if isinstance(section.get("model"), str):
-            model = Blueprint(rooted(section["model"], folder), _section(section, "kwargs"))
-            problems += model.check(path, allow_code=allow_code)
+        for key in ("model", "processor"):
+            if isinstance(section.get(key), str):
+                model = Blueprint(rooted(section[key], folder), _section(section, "kwargs") if key == "model" else {})
+                problems += [_renamed(problem, path, key) for problem in model.check(path, allow_code=allow_code)]
         if path[0] != "student":
             problems += check_train(_section(section, "train"), (*path, "train"), allow_code=allow_code)
         problems += _weights(section, path, folder)
-    return problems + _teachers(tree)
+    return problems + _student(tree) + _teachers(tree)
+
+
+def _renamed(problem: Problem, path: Path_, key: str) -> Problem:
+    return replace(problem, path=(*path, key)) if problem.path == (*path, "model") else problem
+
+
+def _student(tree: Mapping[str, Any]) -> list[Problem]:
+    """A student is named or cut from a teacher, and that teacher is there."""
+    student = tree.get("student")
+    if not isinstance(student, Mapping):
+        return []
+    cut = student.get("from_teacher")
+    if cut is None:
+        message = "expected `model`, or `from_teacher: {keep_blocks: [0, 2, 4]}`, got neither"
+        return [] if student.get("model") is not None else [Problem(("student",), message)]
+    beside = [
+        key
+        for key in ("model", "kwargs", "weights", "pretrained", "processor")
+        if student.get(key) not in (None, {}, True)
+    ]
+    if beside:
+        message = f"a student cut from its teacher takes no `{beside[0]}`: all comes from the teacher"
+        return [Problem(("student", beside[0]), message)]
+    names = list(_section(tree, "teachers")) or (["teacher"] if tree.get("teacher") else [])
+    where: Path_ = ("student", "from_teacher")
+    if not names:
+        return [Problem(where, "the recipe has no teacher to cut the student from", "add `teacher:`")]
+    owner = cut.get("teacher") if isinstance(cut, Mapping) else None
+    if owner is None and len(names) > 1:
+        return [Problem(where, "there are several teachers", f"say which, as in `teacher: {names[0]}`")]
+    if owner is not None and owner not in names:
+        return [Problem((*where, "teacher"), f"there is no teacher '{owner}'", did_you_mean(str(owner), names))]
+    kept = cut.get("keep_blocks") if isinstance(cut, Mapping) else None
+    if isinstance(kept, list) and all(isinstance(place, int) for place in kept) and sorted(set(kept)) != kept:
+        message = f"expected block numbers in ascending order, each once, got {kept}"
+        return [Problem((*where, "keep_blocks"), message, f"did you mean {sorted(set(kept))}?")]
+    return []
 
 
 def _weights(section: Mapping[str, Any], path: Path_, folder: Path | None) -> list[Problem]:
     weights = section.get("weights")
-    if isinstance(weights, str) and not Path(rooted(weights, folder)).expanduser().is_file():
-        return [Problem((*path, "weights"), f"expected a safetensors file, and there is none at '{weights}'")]
+    if isinstance(weights, str) and "://" not in weights and not Path(rooted(weights, folder)).expanduser().is_file():
+        return [Problem((*path, "weights"), f"expected a file of weights, and there is none at '{weights}'")]
     return []
 
 

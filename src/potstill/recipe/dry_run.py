@@ -35,15 +35,25 @@ def dry_run(recipe: Recipe, *, allow_code: bool = True, batch_size: int = 4) -> 
         yield f"labels: {', '.join(task.label_names)}"
     objective = build.make_objective(recipe, task)
     build.check_labels(objective, splits.train, str(recipe.task.options.get("label", "label")))
-    student = build.make_blueprint(recipe.student).build(task.facts(), seed=recipe.seed, allow_code=allow_code)
-    yield f"student: {recipe.student.model}, {parameters(student):,} parameters"
+    processors = build.find_processors(recipe, task)
+    fitted, task = task, build.prepared_for_distillation(recipe, task, processors)
+    student = build.student_blueprint(recipe).build(task.facts(), seed=recipe.seed, allow_code=allow_code)
+    yield f"student: {build.student_name(recipe)}, {parameters(student):,} parameters"
     teachers = {}
     for name, spec in recipe.all_teachers.items():
-        model = build.make_blueprint(spec).build(task.facts(), seed=recipe.seed, allow_code=allow_code)
-        teachers[name] = Live(model, build.teacher_taps(recipe, objective, name), forward=task.forward)
+        facts = build.prepared(fitted, processors[name]).facts()
+        built = build.make_blueprint(spec).make(facts, seed=recipe.seed, allow_code=allow_code)
+        model = built.model
+        if spec.train is None and spec.labels is None:
+            task.check_labels(built.labels, f"the teacher '{name}'")
+        taps, prefix = build.teacher_taps(recipe, objective, name), build.teacher_prefix(recipe, name)
+        teachers[name] = Live(model, taps, forward=task.forward, prefix=prefix)
         weights = ", random weights" if build.is_random(spec) else ""
+        if built.fresh:
+            weights = f", new weights: {', '.join(built.fresh[:4])}{', …' if len(built.fresh) > 4 else ''}"
         yield f"{name}: {spec.model}, {parameters(model):,} parameters{weights}"
     batch = next(batches(task.dataset(splits.train, training=True, seed=recipe.seed), batch_size))
+    build.check_tokens(recipe, objective, batch)
     source = Several(teachers) if len(teachers) > 1 else next(iter(teachers.values()), None)
     parts: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]):

@@ -70,7 +70,7 @@ def _rooted(recipe: Recipe, folder: Path | None) -> Recipe:
         return rooted(text, folder) if text else text
 
     def model(spec: Any) -> Any:
-        return spec.model_copy(update={"model": root(spec.model), "weights": root(spec.weights)})
+        return spec.model_copy(update={key: root(getattr(spec, key)) for key in ("model", "weights", "processor")})
 
     on_disk = recipe.data.source in ("files", "hub")
     return recipe.model_copy(

@@ -7,7 +7,7 @@ The options of a component (a loss, task, model, optimizer, …) are checked aga
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -70,7 +70,8 @@ class TrainSpec(OpenSection):
     """How a model is trained; every other key is passed to ``transformers.TrainingArguments``.
 
     ``optimizer`` and ``scheduler`` are names of Trainer, of ``torch.optim`` or dotted, with options beside ``name``;
-    ``max_norm`` bounds the length of each unit's incoming weights; ``dropout`` sets every dropout layer.
+    ``group_by_length`` puts texts of like length into one batch, so that little is padded; ``max_norm`` bounds the
+    length of each unit's incoming weights; ``dropout`` sets every dropout layer.
     """
 
     epochs: Above0 = 3.0
@@ -82,21 +83,59 @@ class TrainSpec(OpenSection):
     projector_learning_rate: Above0 | None = None
     dropout: Share | None = None
     max_norm: Above0 | None = None
+    group_by_length: bool = True
     callbacks: list[Component] = Field(default_factory=list)
 
 
-class ModelSpec(Section):
-    """Who: a reference, the options of its factory, and weights to load into it."""
+class WhoSpec(Section):
+    """What all models share: options, weights to load, and whose tokenizer or image processor they use.
 
-    model: str
+    ``pretrained: false`` takes a named model's architecture without its trained weights; ``processor`` names the model
+    whose tokenizer or image processor is used, where a model comes without its own.
+    """
+
     kwargs: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
+    pretrained: bool = True
+    processor: str | None = None
+
+
+class ModelSpec(WhoSpec):
+    """Who: a reference and how to build it."""
+
+    model: str
+
+
+class CutSpec(Section):
+    """A student cut from a teacher: the blocks that stay, counted from 0.
+
+    ``weights`` are those that the teacher began with (``pretrained``) or ended with (``finetuned``); ``container`` is
+    the path of the list of blocks where there are several.
+    """
+
+    keep_blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    weights: Literal["pretrained", "finetuned"] = "pretrained"
+    teacher: str | None = None
+    container: str | None = None
+
+
+class StudentSpec(WhoSpec):
+    """The student: a model by reference, or cut from a teacher."""
+
+    model: str | None = None
+    from_teacher: CutSpec | None = None
 
 
 class TeacherSpec(ModelSpec):
-    """A teacher; ``train`` says how it is trained first, where it is not trained already."""
+    """A teacher; ``train`` says how it is trained first, where it is not trained already.
+
+    ``seed`` is that of its training, the recipe's if omitted: a fixed one is trained once for runs with several seeds.
+    ``labels: dataset`` says that its outputs are the data set's classes in their order, whatever names it has for them.
+    """
 
     train: TrainSpec | None = None
+    seed: int | None = None
+    labels: Literal["dataset"] | None = None
 
 
 class TermSpec(OpenSection):
@@ -142,7 +181,7 @@ class Recipe(Section):
     teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], TeacherSpec] = Field(
         default_factory=dict
     )
-    student: ModelSpec
+    student: StudentSpec
     objective: dict[str, TermSpec]
     scheme: SchemeSpec = SchemeSpec()
     train: TrainSpec = TrainSpec()

@@ -6,7 +6,6 @@ at any point goes on with the same command and comes to the same result.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import shutil
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
+import transformers
 from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
@@ -32,14 +31,16 @@ from potstill.evaluation.metrics import compare, estimate
 from potstill.evaluation.predict import Predictions, predict
 from potstill.interfaces import Progress, Task, TeacherSource
 from potstill.losses.objective import Objective
-from potstill.models.load import find_factory, load_model, read_card, save_model
+from potstill.models.load import Blueprint, load_model, save_model
+from potstill.models.origins import Built
 from potstill.recipe import build
 from potstill.recipe.load import load_recipe
-from potstill.recipe.schema import ModelSpec, Recipe, TrainSpec
+from potstill.recipe.schema import Recipe, TeacherSpec, TrainSpec
 from potstill.registry import schemes
-from potstill.runs.cache import Cache, content_hash, file_hash, table_hash
+from potstill.runs.cache import Cache, content_hash, table_hash
 from potstill.runs.folder import RunFolder, write_json
 from potstill.runs.metrics import Estimate, Gain, ModelMetrics, RunMetrics
+from potstill.runs.processes import process_state
 from potstill.teachers.live import Live
 from potstill.training.callbacks import FollowScheme, LogLines
 from potstill.training.checkpoints import latest_checkpoint
@@ -57,6 +58,7 @@ class Run:
         allow_code: whether dotted paths outside potstill may be imported.
         bars: whether to show progress bars; where standard error is a terminal if omitted.
         cache: where trained teachers are shared; the user's if omitted.
+        splits: the data, where they are given and not to be read.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Run:
         allow_code: bool = True,
         bars: bool | None = None,
         cache: Cache | None = None,
+        splits: Splits | None = None,
     ) -> None:
         self.recipe = recipe
         self.tree = recipe.model_dump(mode="json")
@@ -74,7 +77,9 @@ class Run:
         self.allow_code = allow_code
         self.bars = sys.stderr.isatty() if bars is None else bars
         self.cache = cache or Cache()
+        self.given = splits
         self.notes: list[str] = []
+        self._tasks: list[tuple[Any, Task]] = []
 
     def execute(self) -> RunMetrics:
         """Do every step that is not done yet and return the metrics.
@@ -84,6 +89,7 @@ class Run:
             PotstillError: the recipe asks for what cannot be.
         """
         state = process_state()
+        transformers.utils.logging.disable_progress_bar()  # one for every file that is read or written
         if self.folder.path.exists() and not self.folder.path.is_dir():
             raise RunError(f"expected a folder for the run, and {self.folder.path} is a file; choose --output")
         try:
@@ -120,12 +126,28 @@ class Run:
         """The data, read when first asked for."""
         if not self.bars:
             datasets.disable_progress_bars()
+        if self.given is not None:
+            return self.given
         return build.make_splits(self.recipe, allow_code=self.allow_code)
 
     @cached_property
     def task(self) -> Task:
         """The task, fitted to the training split."""
         return build.fitted_task(self.recipe, self.splits)
+
+    @cached_property
+    def processors(self) -> dict[str, Any]:
+        """How each model wants its inputs, by the teacher's name or ``student``."""
+        return build.find_processors(self.recipe, self.task)
+
+    def task_of(self, name: str) -> Task:
+        """Return the task as one model sees it; the same object for models that want the same inputs."""
+        processor = self.processors[name if name in self.processors else "student"]
+        known = next((task for own, task in self._tasks if own is processor), None)
+        if known is None:
+            known = build.prepared(self.task, processor)
+            self._tasks.append((processor, known))
+        return known
 
     @cached_property
     def objective(self) -> Objective:
@@ -148,7 +170,10 @@ class Run:
     def _seed(self, name: str) -> int:
         """Return the seed of a model: the recipe's, and another for each further teacher, else like ones were equal."""
         teachers = list(self.recipe.all_teachers)
-        return self.recipe.seed + (1_000_003 * teachers.index(name) if name in teachers else 0)
+        if name not in teachers:
+            return self.recipe.seed
+        own = self.recipe.all_teachers[name].seed
+        return (self.recipe.seed if own is None else own) + 1_000_003 * teachers.index(name)
 
     def model_folder(self, name: str) -> Path:
         """Return where the model of that name is saved."""
@@ -156,8 +181,12 @@ class Run:
 
     def student(self) -> nn.Module:
         """Return a fresh student; the same weights each time, for baseline and distilled student alike."""
-        blueprint = build.make_blueprint(self.recipe.student)
-        return blueprint.build(self.task.facts(), seed=self.recipe.seed, allow_code=self.allow_code)
+        facts = self.task_of("student").facts()
+        return self._student.build(facts, seed=self.recipe.seed, allow_code=self.allow_code)
+
+    @property
+    def _student(self) -> Blueprint:
+        return build.student_blueprint(self.recipe, self.model_folder)
 
     def load(self, name: str) -> nn.Module:
         """Return a saved model of this run."""
@@ -172,15 +201,18 @@ class Run:
         key = self._teacher_key(name)
         if spec.train is not None and self._fetched(name, key):
             return
-        self._check_teacher_labels(name, spec)
-        model = build.make_blueprint(spec).build(self.task.facts(), seed=self._seed(name), allow_code=self.allow_code)
-        if spec.train is not None:
+        blueprint = build.make_blueprint(spec)
+        built = blueprint.make(self.task_of(name).facts(), seed=self._seed(name), allow_code=self.allow_code)
+        model = built.model
+        if spec.train is None:
+            self._check_trained(name, spec, built)
+        else:
             if self._label not in self.splits.train.column_names:
                 raise TrainingError(
                     f"the training split has no labels to train the teacher '{name}' on; give `weights`"
                 )
             self._train(name, model, spec.train, build.supervised_objective(self.task))
-        self._save(name, model, spec)
+        self._save(name, model, blueprint)
         if spec.train is not None and process_state().is_main_process:
             self.cache.store("teachers", key, target)
 
@@ -193,17 +225,21 @@ class Run:
         state.wait_for_everyone()
         return target.is_dir()
 
-    def _check_teacher_labels(self, name: str, spec: ModelSpec) -> None:
-        """Raise if a saved teacher was trained on other classes, or on these in another order."""
-        card = read_card(Path(spec.model).expanduser())
-        if card is not None:
-            self.task.check_labels(card["settings"].get("label_names", []), f"the teacher '{name}'")
+    def _check_trained(self, name: str, spec: TeacherSpec, built: Built) -> None:
+        """Raise if a teacher knows other classes, or these in another order; say so if its head knows nothing."""
+        if spec.labels is None:
+            self.task.check_labels(built.labels, f"the teacher '{name}'")
+        if built.fresh:
+            new = ", ".join(built.fresh[:3]) + (", …" if len(built.fresh) > 3 else "")
+            self._note(
+                f"the teacher '{name}' has no trained head for this task ({new}): say `train:` or it teaches noise"
+            )
 
     def _baseline(self) -> None:
         """Train the student without a teacher."""
         model = self.student()
         self._train("baseline", model, self.recipe.train, self.objective.hard_only())
-        self._save("baseline", model, self.recipe.student)
+        self._save("baseline", model, self._student)
 
     def _distill(self) -> None:
         """Train the student with its teachers, as the scheme has it."""
@@ -214,11 +250,12 @@ class Run:
         source = scheme.sources(Progress()).get("teacher")
         follow = FollowScheme(scheme)
         self._train("distilled", model, self.recipe.train, self.objective, teacher=source, callbacks=[follow])
-        self._save("distilled", model, self.recipe.student)
+        self._save("distilled", model, self._student)
 
     def _source(self, name: str) -> Live:
         taps = build.teacher_taps(self.recipe, self.objective, name)
-        return Live(self.load(name), taps, forward=self.task.forward)
+        prefix = build.teacher_prefix(self.recipe, name)
+        return Live(self.load(name), taps, forward=self.task.forward, prefix=prefix)
 
     def evaluate(self, split: str = "test") -> RunMetrics:
         """Judge the saved models on a split and return the figures; nothing is written.
@@ -230,6 +267,8 @@ class Run:
         tables = {name: getattr(self.splits, name) for name in names if getattr(self.splits, name) is not None}
         if split not in tables:
             raise RunError(f"there is no split '{split}'; {did_you_mean(split, tables)}")
+        if (self.folder / "metrics.json").is_file():
+            self.notes = [note for note in self.metrics().notes if note not in self.splits.notes]
         return self._judge(tables[split], split)[0]
 
     def _evaluate(self) -> None:
@@ -250,7 +289,8 @@ class Run:
         answers = self._predictions(models, table)
         timed: dict[str, dict[str, float]] = {name: {} for name in models}
         if self.recipe.evaluate.latency:
-            timed = latencies(models, self.task, device=process_state().device)
+            tasks = {name: self.task_of(name) for name in models}
+            timed = latencies(models, tasks, device=process_state().device)
         first = next(iter(self.recipe.all_teachers), None)
         found = {}
         for name, role in roles.items():
@@ -269,9 +309,12 @@ class Run:
         return self._summary(found, answers, first, split), answers
 
     def _predictions(self, models: Mapping[str, nn.Module], table: Any) -> dict[str, Predictions]:
-        dataset = self.task.dataset(table, training=False, seed=self.recipe.seed)
+        made: dict[int, Any] = {}
         found = {}
         for name, model in models.items():
+            task = self.task_of(name)
+            dataset = made.setdefault(id(task), None) or task.dataset(table, training=False, seed=self.recipe.seed)
+            made[id(task)] = dataset
             logger.info("%s: answering %d samples", name, len(dataset))
             size = self.recipe.evaluate.batch_size
             bar = name if self.bars else None
@@ -334,14 +377,19 @@ class Run:
             evaluates=validation is not None and self._label in validation.column_names,
             allow_code=self.allow_code,
         )
+        task = self.task_of(name)
+        if teacher is not None:
+            task = build.prepared_for_distillation(self.recipe, self.task, self.processors)
+        train = task.dataset(self.splits.train, training=True, seed=self._seed(name))
+        build.check_tokens(self.recipe, objective, train.__getitems__([0]))
         trainer = DistillationTrainer(
             model=model,
             teacher=teacher,
             objective=objective,
-            forward=self.task.forward,
+            forward=task.forward,
             args=setup.arguments,
-            train_dataset=self.task.dataset(self.splits.train, training=True, seed=self._seed(name)),
-            eval_dataset=None if validation is None else self.task.dataset(validation, training=False, seed=0),
+            train_dataset=train,
+            eval_dataset=None if validation is None else task.dataset(validation, training=False, seed=0),
             data_collator=ready_batch,
             compute_metrics=self._compute_metrics,
             callbacks=[*setup.callbacks, *callbacks],
@@ -360,36 +408,36 @@ class Run:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         return self.task.metrics(self.task.answers(logits), np.asarray(prediction.label_ids))
 
-    def _save(self, name: str, model: nn.Module, spec: ModelSpec) -> None:
+    def _save(self, name: str, model: nn.Module, blueprint: Blueprint) -> None:
         """Save a model with all that inference needs, whole or not at all."""
         if not process_state().is_main_process:
             return
         target = self.model_folder(name)
         staged = target.with_name(target.name + ".tmp")
         shutil.rmtree(staged, ignore_errors=True)
-        save_model(model.to("cpu"), staged, self._card(spec))
+        processor = self.processors[name if name in self.processors else "student"]
+        save_model(model.to("cpu"), staged, self._card(name, blueprint), processor)
         shutil.rmtree(target, ignore_errors=True)
         staged.rename(target)
 
-    def _card(self, spec: ModelSpec) -> dict[str, Any]:
-        blueprint = build.make_blueprint(spec)
-        about = {"potstill": __version__, "task": self.recipe.task.name, "settings": self.task.settings()}
-        card = read_card(Path(spec.model).expanduser())
-        if card is not None:
-            return {**card, **about}
-        factory = find_factory(spec.model, allow_code=self.allow_code)
-        return {**about, "model": spec.model, "kwargs": blueprint.complete(factory, self.task.facts())}
+    def _card(self, name: str, blueprint: Blueprint) -> dict[str, Any]:
+        task = self.task_of(name)
+        how = blueprint.card(task.facts(), allow_code=self.allow_code)
+        return {"potstill": __version__, "task": self.recipe.task.name, "settings": task.settings(), **how}
 
     def _teacher_key(self, name: str) -> str:
         """Everything that the trained teacher depends on."""
         spec = self.recipe.all_teachers[name]
         data = [table_hash(split) for split in (self.splits.train, self.splits.validation) if split is not None]
-        files = [Path(spec.model).expanduser() / "model.safetensors", Path(spec.weights or "").expanduser()]
-        weights = [file_hash(file) for file in files if file.is_file()]
-        about = {"teacher": spec.model_dump(mode="json"), "task": self.task.settings(), "data": data}
-        versions = {"potstill": __version__, "torch": torch.__version__}
-        augment = self.recipe.data.model_dump(mode="json")["augment"]
-        return content_hash({**about, **versions, "seed": self._seed(name), "augment": augment, "weights": weights})
+        own = spec.model_dump(mode="json", exclude={"model", "weights", "seed"})
+        about = {
+            "teacher": {**own, "model": build.fingerprint(spec)},
+            "task": self.task_of(name).settings(),
+            "data": data,
+            "augment": self.recipe.data.model_dump(mode="json")["augment"],
+            "seed": self._seed(name),
+        }
+        return content_hash({**about, "potstill": __version__, "torch": torch.__version__})
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -419,19 +467,6 @@ class Run:
         if text not in self.notes:
             self.notes.append(text)
             logger.warning(text)
-
-
-def process_state() -> PartialState:
-    """Return which of the launched processes this is; without an accelerator they talk through the CPU (gloo)."""
-    if not PartialState._shared_state:  # the first to ask: gloo's threads must be joined before the interpreter ends
-        atexit.register(_leave_processes)
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _leave_processes() -> None:
-    """Leave the process group; a process that ends inside one can abort after all its work is done."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def open_run(folder: Path, *, allow_code: bool = True, bars: bool | None = None) -> Run:

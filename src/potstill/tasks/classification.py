@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,9 @@ class Classification:
         if not isinstance(feature, ClassLabel):
             raise TaskError(f"expected the column '{self.label}' to hold classes, got {feature}")
         self.label_names = list(feature.names)
+
+    def prepare(self, student: Any, teachers: Mapping[str, Any]) -> None:
+        """Do nothing: every model takes the same inputs."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Signals:
         """Return ``logits`` ``[B, C]``."""
@@ -94,11 +98,20 @@ class Classification:
         Raises:
             TaskError: names both lists.
         """
-        if self.label_names and model_labels and model_labels != self.label_names:
-            raise TaskError(
-                f"expected {whose} to have the labels {self.label_names}, got {model_labels}; "
-                "labels must agree in name and order"
-            )
+        wanted, found = ([_plain(label) for label in labels] for labels in (self.label_names, model_labels))
+        if not wanted or not found or wanted == found:
+            return
+        if len(wanted) == len(found) and wanted == [str(place) for place in range(len(wanted))]:
+            return  # the data have only numbers
+        if sorted(wanted) == sorted(found):
+            order = [self.label_names[wanted.index(label)] for label in found]
+            fix = f"the order differs: say `data: {{labels: [{', '.join(order)}]}}`"
+        else:
+            fix = "if its outputs mean the same in the same order, say `labels: dataset` beside its `model`"
+        raise TaskError(
+            f"expected {whose} to have the labels {_shown(self.label_names)}, got {_shown(model_labels)}; "
+            f"labels must agree in name and order: {fix}"
+        )
 
     def base_columns(self, table: Dataset) -> dict[str, Tensor]:
         """Return ``sample_id`` and, where there are any, ``labels`` (−100 for unlabelled rows)."""
@@ -116,6 +129,15 @@ class Classification:
         """
         if column not in table.column_names:
             raise TaskError(f"there is no column '{column}'; {did_you_mean(column, table.column_names)}")
+
+
+def _plain(label: str) -> str:
+    """Return a label as it is compared: ``Mostly_True`` is ``mostly-true``."""
+    return re.sub(r"[\s_-]+", "-", label.strip().casefold())
+
+
+def _shown(labels: list[str]) -> str:
+    return f"[{', '.join(labels[:12])}{', …' if len(labels) > 12 else ''}] ({len(labels)})"
 
 
 def _f1_macro(predicted: NDArray[Any], labels: NDArray[Any]) -> float:

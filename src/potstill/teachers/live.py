@@ -11,7 +11,7 @@ from torch import nn
 from potstill.interfaces import Batch, Signals, TeacherSource, detach
 from potstill.knowledge.capture import capture
 from potstill.models.frozen import Frozen
-from potstill.models.inputs import respond, teacher_view
+from potstill.models.inputs import TEACHER_PREFIX, respond, teacher_view
 
 
 class Live:
@@ -22,6 +22,7 @@ class Live:
         taps: signals to capture beside the responses, such as ``hidden.6`` or a module path.
         forward: ``(model, batch) -> responses``, e.g. a task's; by default the model gets the entries that its
             forward accepts.
+        prefix: what the names of its own entries in a batch begin with.
     """
 
     def __init__(
@@ -30,7 +31,9 @@ class Live:
         taps: Sequence[str] = (),
         *,
         forward: Callable[[nn.Module, Batch], Signals] | None = None,
+        prefix: str = TEACHER_PREFIX,
     ) -> None:
+        self.prefix = prefix
         self.model = model if isinstance(model, Frozen) else Frozen(model)
         self.taps = list(taps)
         self.respond = forward or respond
@@ -39,7 +42,7 @@ class Live:
         """Return the responses and taps for the teacher's view of ``batch``, detached."""
         model = self.model.awake()
         with torch.no_grad(), capture(model, self.taps, detach=True) as signals:
-            answered = self.respond(model, teacher_view(batch))
+            answered = self.respond(model, teacher_view(batch, self.prefix))
         return detach({**answered, **signals})
 
     def to(self, device: torch.device | str) -> Live:

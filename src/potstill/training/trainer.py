@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
+from potstill.data.batching import LengthSampler, length_order
 from potstill.errors import TrainingError, did_you_mean
 from potstill.interfaces import IGNORED, Batch, Progress, Signals, TeacherSource
 from potstill.losses.objective import Objective, clamp_counts, default_objective
@@ -44,6 +45,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         forward: ``(model, batch) -> responses``, e.g. a task's; used for the student and for a module given as teacher.
         save_student: ``(student, folder) -> None`` in place of ``save_pretrained`` or safetensors.
         projector_learning_rate: learning rate of the objective's own parameters; the student's if omitted.
+        group_by_length: whether to put samples of like length into one batch, where ``train_dataset.lengths`` has them.
         scheduler: ``(optimizer, number of steps) -> scheduler`` in place of ``args.lr_scheduler_type``.
         trainer_arguments: everything else that ``transformers.Trainer`` takes: ``args``, ``train_dataset``,
             ``eval_dataset``, ``processing_class``, ``data_collator``, ``compute_metrics``, ``callbacks``, ….
@@ -64,6 +66,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         forward: Callable[[nn.Module, Batch], Signals] | None = None,
         save_student: Callable[[nn.Module, Path], None] | None = None,
         projector_learning_rate: float | None = None,
+        group_by_length: bool = False,
         scheduler: Callable[[torch.optim.Optimizer, int], Any] | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -80,6 +83,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self._save_student = save_student or save_student_default
         self._projector_learning_rate = projector_learning_rate
         self._make_scheduler = scheduler
+        self._group_by_length = group_by_length
         self._hard = terms.hard_only()
         self._parts: dict[str, Tensor] = {}
         self._parts_seen = 0
@@ -167,6 +171,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         if data_collator is ready_batch:
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order of the samples: those of like length together where that is asked for and can be."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self._group_by_length or getattr(dataset, "lengths", None) is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthSampler(dataset, self.args.train_batch_size, seed=seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        order = length_order(eval_dataset) if self._group_by_length else None
+        return super()._get_eval_sampler(eval_dataset) if order is None else order.tolist()
 
     # ---- optimizer ------------------------------------------------------------------------------------------------
 
