@@ -128,4 +128,6 @@ def _shown(value: Any) -> str:
         return value
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(_shown(each) for each in value)}]"
     return json.dumps(dict(value) if isinstance(value, Mapping) else value)

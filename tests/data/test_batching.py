@@ -8,7 +8,7 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
-from potstill.data.batching import InMemory, LengthSampler, Lazy, batches, length_order
+from potstill.data.batching import InMemory, Lazy, LengthSampler, batches, length_order
 
 
 def columns(size: int = 7) -> dict[str, torch.Tensor]:

@@ -160,8 +160,9 @@ def test_models_are_fine_enough_to_train(tmp_path):
         assert {each.dtype for each in model.parameters()} == {torch.float32}
         assert model.config.dtype in (torch.float32, "float32")
         assert {each.dtype for each in Frozen(model).model.parameters()} == {torch.float32}
-        coarse = make(folder, pretrained=pretrained, dtype="bfloat16").model
-        assert {each.dtype for each in coarse.parameters()} == {torch.bfloat16}
+        for asked in ("bfloat16", "auto"):
+            coarse = make(folder, pretrained=pretrained, dtype=asked).model
+            assert {each.dtype for each in coarse.parameters()} == {torch.bfloat16}
 
 
 # options
@@ -205,7 +206,7 @@ def test_a_family_that_lists_the_kinds_of_its_layers(layers, pretrained, tmp_pat
         num_attention_heads=2,
         max_position_embeddings=64,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
-        **{name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")},
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
     )
     transformers.ModernBertModel(config).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
@@ -228,7 +229,7 @@ def test_a_family_that_lists_the_kinds_of_its_layers(layers, pretrained, tmp_pat
         ({"num_hidden_layers": "many"}, "expected int, got str"),
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
         ({"attn_implementation": "eagre"}, 'attn_implementation="eagre"` is not supported'),
-        ({"dtype": "float33"}, "valid `torch.dtype`"),
+        ({"dtype": "float33"}, "has no dtype 'float33'; did you mean 'float32'?"),
     ],
 )
 def test_wrong_options(kwargs, message, tmp_path):

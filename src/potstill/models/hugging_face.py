@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -46,6 +47,8 @@ class HuggingFace:
         with _quiet(), _as_model_error(name):
             if not pretrained:
                 made = _only(loading, ("dtype", "attn_implementation", "trust_remote_code"))
+                if made["dtype"] == "auto":
+                    del made["dtype"]
                 fresh_model: nn.Module = auto.from_config(config, **made)
                 name_labels(fresh_model, wanted)
                 return Built(fresh_model)
@@ -160,6 +163,10 @@ def _auto_model(facts: Mapping[str, Any]) -> Any:
 def _config(name: str, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the configuration, changed as the options say, and the options of loading."""
     loading = {**_hub(kwargs), **_only(kwargs, _LOADING)}
+    dtype = loading.get("dtype", "auto")
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        hint = did_you_mean(str(dtype), ("float32", "float16", "bfloat16", "float64", "auto"))
+        raise ModelError(f"model '{name}' has no dtype '{dtype}'; {hint}")
     with _quiet(), _as_model_error(name):
         config = transformers.AutoConfig.from_pretrained(name, **_hub(kwargs))
     known = {*config.to_dict(), *getattr(config, "attribute_map", {})}

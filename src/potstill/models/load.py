@@ -127,16 +127,18 @@ class Blueprint:
         known = signature_options(factory)
         return {**{name: value for name, value in facts.items() if name in known}, **self.kwargs}
 
-    def processor(self, facts: Mapping[str, Any]) -> ImageProcessor | TextProcessor | None:
+    def processor(self, facts: Mapping[str, Any], *, allow_code: bool = True) -> ImageProcessor | TextProcessor | None:
         """Return how the model wants its inputs; ``None`` where that is the task's to say.
 
         Raises:
+            CodeNotAllowedError: code that was not allowed.
             ModelError: a model of transformers without tokenizer or image processor.
         """
         if self.folder is not None and "auto_model" not in _read(self.folder):
-            return _saved_blueprint(self.folder).processor(facts)
+            return _saved_blueprint(self.folder).processor(facts, allow_code=allow_code)
         if self.origin is None:
             return None
+        _refuse_code(self.model, self.kwargs, allow_code=allow_code)
         origin, name = self.origin
         return origin.processor(name, self.kwargs, facts)
 
@@ -305,7 +307,9 @@ def load_model(folder: Path, *, allow_code: bool = True) -> tuple[nn.Module, dic
     if card.get("auto_model"):
         from potstill.models.hugging_face import load_pretrained
 
-        return load_pretrained(folder, str(card["auto_model"])), card
+        _refuse_code(str(folder), card["kwargs"], allow_code=allow_code)
+        trusted = bool(card["kwargs"].get("trust_remote_code"))
+        return load_pretrained(folder, str(card["auto_model"]), trust_remote_code=trusted), card
     model = _saved_blueprint(folder).build({}, seed=0, allow_code=allow_code)
     load_modules(model, folder / "model.safetensors")
     return model, card

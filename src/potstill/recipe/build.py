@@ -155,10 +155,11 @@ def teacher_prefix(recipe: Recipe, name: str) -> str:
     return TEACHER_PREFIX if len(recipe.all_teachers) == 1 else f"{TEACHER_PREFIX}{name}/"
 
 
-def find_processors(recipe: Recipe, task: Task) -> dict[str, Any]:
+def find_processors(recipe: Recipe, task: Task, *, allow_code: bool = True) -> dict[str, Any]:
     """Return how each model wants its inputs, by the teacher's name or ``student``; equal ones are one object.
 
     Raises:
+        CodeNotAllowedError: code that was not allowed.
         ModelError: a model comes without the tokenizer or image processor that the task needs.
     """
     facts = task.facts()
@@ -176,7 +177,7 @@ def find_processors(recipe: Recipe, task: Task) -> dict[str, Any]:
         source = blueprint if other is None else Blueprint(other)
         key = f"{source.model} {dict(source.kwargs)}"
         if key not in made:
-            made[key] = source.processor(facts) or _saved_processor(source, recipe)
+            made[key] = source.processor(facts, allow_code=allow_code) or _saved_processor(source, recipe)
         found[name] = made[key]
     return found
 

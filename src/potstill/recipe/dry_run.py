@@ -35,7 +35,7 @@ def dry_run(recipe: Recipe, *, allow_code: bool = True, batch_size: int = 4) -> 
         yield f"labels: {', '.join(task.label_names)}"
     objective = build.make_objective(recipe, task)
     build.check_labels(objective, splits.train, str(recipe.task.options.get("label", "label")))
-    processors = build.find_processors(recipe, task)
+    processors = build.find_processors(recipe, task, allow_code=allow_code)
     fitted, task = task, build.prepared_for_distillation(recipe, task, processors)
     student = build.student_blueprint(recipe).build(task.facts(), seed=recipe.seed, allow_code=allow_code)
     yield f"student: {build.student_name(recipe)}, {parameters(student):,} parameters"

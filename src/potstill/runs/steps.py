@@ -138,7 +138,7 @@ class Run:
     @cached_property
     def processors(self) -> dict[str, Any]:
         """How each model wants its inputs, by the teacher's name or ``student``."""
-        return build.find_processors(self.recipe, self.task)
+        return build.find_processors(self.recipe, self.task, allow_code=self.allow_code)
 
     def task_of(self, name: str) -> Task:
         """Return the task as one model sees it; the same object for models that want the same inputs."""

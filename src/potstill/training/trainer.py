@@ -126,7 +126,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     ) -> Any:
         """Return the objective's total for one micro-batch; see :class:`transformers.Trainer`."""
         batch = dict(inputs)
-        signals = self.teacher(batch) if self.teacher is not None else {}
+        with self.accelerator.autocast():  # in the student's precision; losses go on in float32
+            signals = self.teacher(batch) if self.teacher is not None else {}
         own = {name: value for name, value in batch.items() if not name.startswith(TEACHER_PREFIX)}
         counts = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None
         output = model(teacher=signals, counts=counts, progress=self.progress, **own)
