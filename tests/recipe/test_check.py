@@ -229,6 +229,48 @@ BAD: list[tuple[str, dict[str, Any], tuple, str]] = [
         ("student", "model"),
         "there is no model 'mpl'; did you mean 'mlp'?",
     ),
+    (
+        "a student from nowhere",
+        {"student": {}},
+        ("student",),
+        "expected `model`, or `from_teacher: {keep_blocks: [0, 2, 4]}`, got neither",
+    ),
+    (
+        "a student named and cut",
+        {"student": {"model": "potstill:mlp", "from_teacher": {"keep_blocks": [0]}}},
+        ("student", "model"),
+        "a student cut from its teacher takes no `model`",
+    ),
+    (
+        "blocks out of order",
+        {"student": {"model": None, "from_teacher": {"keep_blocks": [2, 0, 2]}}},
+        ("student", "from_teacher", "keep_blocks"),
+        "did you mean [0, 2]?",
+    ),
+    (
+        "cut from a teacher that is not there",
+        {"student": {"model": None, "from_teacher": {"keep_blocks": [0], "teacher": "techer"}}},
+        ("student", "from_teacher", "teacher"),
+        "there is no teacher 'techer'; did you mean 'teacher'?",
+    ),
+    (
+        "a model of timm",
+        {"student": {"model": "timm:resnet19"}},
+        ("student", "model"),
+        "did you mean 'resnet1",
+    ),
+    (
+        "code of Torch Hub",
+        {"student": {"model": "torchhub:owner/repo/entry"}},
+        ("student", "model"),
+        "allow it with --allow-code",
+    ),
+    (
+        "remote code",
+        {"student": {"model": "owner/name", "kwargs": {"trust_remote_code": True}}},
+        ("student", "model"),
+        "allow it with --allow-code",
+    ),
     ("no kind of reference", {"student": {"model": "mlp"}}, ("student", "model"), "did you mean 'potstill:mlp'?"),
     (
         "unknown option of a model",

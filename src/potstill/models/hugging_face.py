@@ -80,6 +80,8 @@ class HuggingFace:
                 return image_processor(transformers.AutoImageProcessor.from_pretrained(name, **hub))
         with _quiet(), _as_model_error(name, "tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **hub)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up without files
+            raise ModelError(f"'{name}' comes without a tokenizer; name a model that has one with `processor:`")
         if _padding(tokenizer) is None:
             raise ModelError(f"the tokenizer of '{name}' has neither a padding token nor one that ends a text")
         if tokenizer.pad_token_id is None:
