@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from potstill import DistillationConfig, Distiller, StudentConfig, StudentModel, TeacherConfig, TeacherModel
 from potstill.errors import DataError, RecipeError, TaskError, TrainingError
@@ -270,6 +273,22 @@ def test_a_student_is_named_or_cut() -> None:
 def test_models_can_be_looked_at_before(bert: str) -> None:
     model = TeacherModel(TeacherConfig(bert, num_labels=3)).model
     assert model.config.num_labels == 3
+
+
+def test_images(folder: Path, tmp_path: Path) -> None:
+    """A teacher of transformers and a student of timm, each with the pixels that it wants."""
+    pytest.importorskip("timm")
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 255, (20, 24, 3), dtype=np.uint8)) for _ in range(24)]
+    features = Features({"picture": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+    data = Dataset.from_dict({"picture": pictures, "label": [0, 1] * 12}, features)
+    vit = str(local_models.vit(folder / "vit", head=["cat", "dog"]))
+    student = StudentModel(StudentConfig("timm:test_vit", pretrained=False, num_labels=2))
+    done = Distiller(TeacherModel(TeacherConfig(vit)), student).distill(data, data, args=QUICK)
+    assert done.run.recipe.task.name == "image-classification"
+    assert done.metrics.samples == 24
+    assert TeacherModel(TeacherConfig(vit, num_labels=2)).model.config.num_labels == 2
+    assert student.model.num_classes == 2
 
 
 @pytest.mark.parametrize("kind", ["dictionary", "rows", "frame"])

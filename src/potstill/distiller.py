@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any, Literal
 
 from datasets import Dataset, Image
 from torch import nn
-from transformers import TrainingArguments
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, TrainingArguments
 
 from potstill.data.load import Splits, splits_from
 from potstill.errors import DataError, TaskError, TrainingError, did_you_mean
 from potstill.interfaces import Task
-from potstill.models.load import Blueprint
+from potstill.models.load import ORIGINS, Blueprint
 from potstill.recipe import build
 from potstill.recipe.check import MANAGED
 from potstill.recipe.load import recipe_from
@@ -366,7 +367,7 @@ class Distiller:
 
 
 def _load(reference: str, config: TeacherConfig | StudentConfig, spec: Mapping[str, Any]) -> nn.Module:
-    name = "text-classification" if config.task_type == "classification" else _known_task(config.task_type)
+    name = _kind(reference) if config.task_type == "classification" else _known_task(config.task_type)
     facts = tasks.get(name)().facts()
     labels = config.num_labels or 2
     facts |= {"num_labels": labels, "label_names": [str(place) for place in range(labels)]}
@@ -374,6 +375,16 @@ def _load(reference: str, config: TeacherConfig | StudentConfig, spec: Mapping[s
     path = None if weights is None else Path(weights).expanduser()
     blueprint = Blueprint(reference, dict(config.kwargs), path, bool(spec.get("pretrained", True)))
     return blueprint.build(facts, seed=0)
+
+
+def _kind(reference: str) -> str:
+    """Return whether a model classifies texts or images."""
+    if reference.partition(":")[0] in ORIGINS:
+        return "image-classification"
+    with suppress(OSError, ValueError):
+        if type(AutoConfig.from_pretrained(reference)) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            return "image-classification"
+    return "text-classification"
 
 
 def _known_task(task_type: str) -> str:

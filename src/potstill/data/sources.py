@@ -83,7 +83,7 @@ def from_hub(
     try:
         if local is None or not local.is_dir():
             return _from_repository(path, options)
-        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README without metadata is none of ours
+        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # of READMEs
         found = datasets.load_dataset(str(local), **options)
         return Loaded(_by_name(found), [f"{path}: read from the folder {local}, not from the hub"])
     except Exception as error:  # what the libraries below raise differs from version to version

@@ -30,7 +30,7 @@ class TextClassification(Classification):
         text: the column of the text.
         pair: the column of the second text.
         label: the column of the class.
-        max_length: tokens at which a text, or both of a pair together, are cut; 128 if omitted, or what the models take
+        max_length: tokens at which a text, or both of a pair together, are cut; 128 if omitted, or what a model takes
             at most if that is less.
         augment: entries of ``data.augment``, applied to the words before they are tokenised.
 
@@ -90,11 +90,11 @@ class TextClassification(Classification):
                     f"{whose} has no tokenizer, which text classification needs; name a model of transformers, or say "
                     "`processor:` with the model whose tokenizer it shares"
                 )
-        self._fit_length({whose: each.tokenizer for whose, each in everyone.items() if each is not None})
+        self._check_length({whose: each.tokenizer for whose, each in everyone.items() if each is not None})
         own = {"": student, **teachers}
-        made = {prefix: Tokenizer(each.tokenizer, self.length) for prefix, each in own.items() if each is not None}
-        shared = _identity(made[""].tokenizer)
-        self.tokenizers = {k: v for k, v in made.items() if not k or _identity(v.tokenizer) != shared}
+        made = {prefix: self._tokenizer(each.tokenizer) for prefix, each in own.items() if each is not None}
+        shared = _identity(made[""])
+        self.tokenizers = {k: v for k, v in made.items() if not k or _identity(v) != shared}
         self._add_inputs([v.tokenizer for k, v in made.items() if k not in self.tokenizers])
 
     def dataset(self, table: Dataset, *, training: bool, seed: int) -> Texts:
@@ -119,7 +119,8 @@ class TextClassification(Classification):
 
     def settings(self) -> dict[str, Any]:
         """Return labels, columns and length as plain JSON."""
-        return {**super().settings(), "text": self.text, "pair": self.pair, "max_length": self.max_length}
+        length = self.tokenizers[""].max_length if self.tokenizers else self.max_length
+        return {**super().settings(), "text": self.text, "pair": self.pair, "max_length": length}
 
     def restore(self, settings: Mapping[str, Any]) -> None:
         """Take back what :meth:`settings` returned."""
@@ -129,15 +130,9 @@ class TextClassification(Classification):
 
     def example_inputs(self, batch_size: int) -> Batch:
         """Return texts of ``max_length`` tokens."""
-        tokenizer = self.tokenizers[""].tokenizer
-        word = tokenizer.convert_ids_to_tokens(len(tokenizer) // 2)
-        filled = self.tokenizers[""]([" ".join([word] * self.length)] * batch_size)
-        return filled.batch(torch.arange(batch_size))
-
-    @property
-    def length(self) -> int:
-        """Tokens at which texts are cut."""
-        return self.max_length or _LENGTH
+        own = self.tokenizers[""]
+        word = own.tokenizer.convert_ids_to_tokens(len(own.tokenizer) // 2)
+        return own([" ".join([word] * own.max_length)] * batch_size).batch(torch.arange(batch_size))
 
     @property
     def _columns(self) -> list[str]:
@@ -178,17 +173,17 @@ class TextClassification(Classification):
         pad = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
         return [[int(number != pad) for number in row] for row in rows]
 
-    def _fit_length(self, tokenizers: Mapping[str, Any]) -> None:
-        limits = {whose: tokenizer.model_max_length for whose, tokenizer in tokenizers.items()}
-        self._limit = min(limits.values())
+    def _tokenizer(self, tokenizer: Any) -> Tokenizer:
+        return Tokenizer(tokenizer, self.max_length or min(_LENGTH, tokenizer.model_max_length))
+
+    def _check_length(self, tokenizers: Mapping[str, Any]) -> None:
+        self._limit = min(tokenizer.model_max_length for tokenizer in tokenizers.values())
         if self.max_length is None:
-            self.max_length = min(_LENGTH, self._limit)
+            return
         for whose, tokenizer in tokenizers.items():
-            if self.max_length > limits[whose]:
-                raise TaskError(
-                    f"task.max_length is {self.max_length}, and {whose} takes at most {limits[whose]} tokens"
-                )
-            special = tokenizer.num_special_tokens_to_add(pair=self.pair is not None)
+            limit, special = tokenizer.model_max_length, tokenizer.num_special_tokens_to_add(self.pair is not None)
+            if self.max_length > limit:
+                raise TaskError(f"task.max_length is {self.max_length}, and {whose} takes at most {limit} tokens")
             if self.max_length < special:  # which tokenizers take for no limit at all
                 raise TaskError(f"task.max_length is {self.max_length}, and {whose} adds {special} tokens to a text")
 
@@ -197,14 +192,14 @@ class TextClassification(Classification):
         own = self.tokenizers[""].tokenizer
         more = [name for other in others for name in other.model_input_names if name not in own.model_input_names]
         if more:
-            fuller = next(other for other in others if more[0] in other.model_input_names)
-            self.tokenizers[""] = Tokenizer(fuller, self.length)
+            self.tokenizers[""] = self._tokenizer(next(o for o in others if more[0] in o.model_input_names))
 
 
-def _identity(tokenizer: Any) -> str:
-    """Return what decides a tokenizer's tokens; settings of cutting and decoding are none of it."""
+def _identity(own: Tokenizer) -> str:
+    """Return what decides the tokens of a text; settings of decoding are none of it."""
+    tokenizer = own.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    sides = f"{tokenizer.padding_side} {tokenizer.truncation_side} {tokenizer.pad_token_id}"
+    sides = f"{tokenizer.padding_side} {tokenizer.truncation_side} {tokenizer.pad_token_id} {own.max_length}"
     if backend is None:
         return f"{type(tokenizer).__name__} {sides} {sorted(tokenizer.get_vocab().items())}"
     about = json.loads(backend.to_str())
