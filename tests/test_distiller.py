@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
@@ -15,9 +16,11 @@ from PIL import Image
 from potstill import DistillationConfig, Distiller, StudentConfig, StudentModel, TeacherConfig, TeacherModel
 from potstill.errors import DataError, RecipeError, TaskError, TrainingError
 from potstill.evaluation.predict import Predictions
+from potstill.models.student import cut
 from potstill.runs.steps import open_run
 from tests import local_models
 from tests.local_models import SENTENCES
+from tests.training.tiny import flat
 
 ROWS = SENTENCES * 6
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16}
@@ -109,7 +112,7 @@ def test_a_teacher_with_a_head_is_taken_as_it_is(judge: str, distilbert: str) ->
 
 
 def test_labels_that_differ_are_an_error_with_the_fix(judge: str, distilbert: str) -> None:
-    with pytest.raises(TaskError, match=r"order differs: say `data: \{labels: \[negative, positive\]"):
+    with pytest.raises(TaskError, match=r"order differs.*`data: \{labels: \[negative, positive\]"):
         distiller(judge, distilbert, label_names=["positive", "negative"]).distill(table(), table(), args=QUICK)
     with pytest.raises(TaskError, match="labels: dataset"):
         distiller(judge, distilbert, label_names=["ham", "spam"]).distill(table(), table(), args=QUICK)
@@ -187,10 +190,11 @@ def test_columns_in_doubt_are_asked_for(bert: str, distilbert: str) -> None:
 
 
 def test_a_student_cut_from_its_teacher(judge: str) -> None:
-    student = StudentModel(StudentConfig(keep_blocks=[0, 2]))
+    student = StudentModel(StudentConfig(keep_blocks=[0, 2], block_weights="finetuned"))
     config = DistillationConfig(label_names=["negative", "positive"])
     done = Distiller(TeacherModel(TeacherConfig(judge)), student, config).distill(table(), table(), args=QUICK)
     assert done.student.config.num_hidden_layers == 2
+    assert torch.equal(flat(done.run.student()), flat(cut(done.run.load("teacher"), [0, 2])))
 
 
 def test_features_add_terms(judge: str, distilbert: str) -> None:
@@ -265,7 +269,30 @@ def test_task_types_agree_and_exist(bert: str, distilbert: str) -> None:
         )
 
 
+def test_other_names_are_another_run(judge: str, distilbert: str) -> None:
+    """Else the labels of a finished run would hide that the teacher's are in another order."""
+    done = distiller(judge, distilbert, label_names=["negative", "positive"]).distill(
+        table(), table(), args=QUICK, output="x"
+    )
+    assert done.run.recipe.data.labels == ["negative", "positive"]
+    with pytest.raises(TaskError, match="order differs"):
+        distiller(judge, distilbert, label_names=["positive", "negative"]).distill(
+            table(), table(), args=QUICK, output="y"
+        )
+
+
+def test_a_seed_in_the_arguments_is_said_to_do_nothing(
+    judge: str, distilbert: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = transformers.TrainingArguments(output_dir="x", num_train_epochs=1, seed=9, use_cpu=True)
+    made = distiller(judge, distilbert, label_names=["negative", "positive"], baseline=False)
+    assert made.distill(table(), table(), args=args).run.recipe.seed == 0
+    assert "DistillationConfig(seed=9)" in caplog.text
+
+
 def test_a_student_is_named_or_cut() -> None:
+    with pytest.raises(TrainingError, match="takes no kwargs"):
+        StudentModel(StudentConfig(keep_blocks=[0], kwargs={"num_hidden_layers": 1}))
     with pytest.raises(TrainingError, match="either model_name_or_path or keep_blocks"):
         StudentModel(StudentConfig())
 

@@ -17,11 +17,11 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig, Tra
 from potstill.data.load import Splits, splits_from
 from potstill.errors import DataError, TaskError, TrainingError, did_you_mean
 from potstill.interfaces import Task
-from potstill.models.load import ORIGINS, Blueprint
+from potstill.models.load import ORIGINS
 from potstill.recipe import build
 from potstill.recipe.check import MANAGED
 from potstill.recipe.load import recipe_from
-from potstill.recipe.schema import Recipe
+from potstill.recipe.schema import ModelSpec, Recipe
 from potstill.registry import tasks
 from potstill.runs.cache import content_hash, table_hash
 from potstill.runs.metrics import RunMetrics
@@ -86,7 +86,8 @@ class StudentConfig:
         task_type: as the teacher's.
         num_labels: classes; compared with the data.
         pretrained: whether a named model begins with its trained weights, or new.
-        keep_blocks: the teacher's blocks that the student is cut from, counted from 0.
+        keep_blocks: the teacher's blocks that the student is cut from, counted from 0; nothing else is then given.
+        block_weights: those with which the teacher began (``"pretrained"``) or ended (``"finetuned"``).
         kwargs: options of the model.
         weights: a file of weights to load into it.
     """
@@ -96,6 +97,7 @@ class StudentConfig:
     num_labels: int | None = None
     pretrained: bool = True
     keep_blocks: Sequence[int] | None = None
+    block_weights: Literal["pretrained", "finetuned"] = "pretrained"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
 
@@ -165,6 +167,8 @@ class StudentModel:
     def __init__(self, config: StudentConfig) -> None:
         if (config.model_name_or_path is None) == (config.keep_blocks is None):
             raise TrainingError("expected StudentConfig to have either model_name_or_path or keep_blocks")
+        if config.keep_blocks is not None and (config.kwargs or config.weights or not config.pretrained):
+            raise TrainingError("a student cut from its teacher takes no kwargs, weights or pretrained of its own")
         self.config = config
 
     @cached_property
@@ -280,7 +284,7 @@ class Distiller:
         self, task: Mapping[str, Any], splits: Splits, tables: Mapping[str, Dataset], train: Mapping[str, Any]
     ) -> Recipe:
         """Return the recipe that this distillation is."""
-        teacher, student = self.teacher.config, self.student.config
+        teacher, student, names = self.teacher.config, self.student.config, self.config.label_names
         labelled = str(task["label"]) in splits.train.column_names
         who: dict[str, Any] = {"model": teacher.model_name_or_path, "kwargs": dict(teacher.kwargs)}
         who |= {key: value for key in ("weights", "labels") if (value := getattr(teacher, key)) is not None}
@@ -289,7 +293,7 @@ class Distiller:
             "name": "distiller",
             "seed": self.config.seed,
             "task": dict(task),
-            "data": {"source": "given", "path": content},
+            "data": {"source": "given", "path": content, "labels": names and list(names)},
             "teacher": who,
             "student": _student_section(student),
             "objective": self._objective(labelled),
@@ -368,13 +372,11 @@ class Distiller:
 
 def _load(reference: str, config: TeacherConfig | StudentConfig, spec: Mapping[str, Any]) -> nn.Module:
     name = _kind(reference) if config.task_type == "classification" else _known_task(config.task_type)
-    facts = tasks.get(name)().facts()
     labels = config.num_labels or 2
-    facts |= {"num_labels": labels, "label_names": [str(place) for place in range(labels)]}
-    weights = spec.get("weights")
-    path = None if weights is None else Path(weights).expanduser()
-    blueprint = Blueprint(reference, dict(config.kwargs), path, bool(spec.get("pretrained", True)))
-    return blueprint.build(facts, seed=0)
+    facts = {**tasks.get(name)().facts(), "num_labels": labels, "label_names": [str(place) for place in range(labels)]}
+    if "in_channels" in facts:
+        facts["in_channels"] = 3
+    return build.make_blueprint(ModelSpec(model=reference, kwargs=dict(config.kwargs), **spec)).build(facts, seed=0)
 
 
 def _kind(reference: str) -> str:
@@ -397,7 +399,7 @@ def _known_task(task_type: str) -> str:
 
 def _student_section(student: StudentConfig) -> dict[str, Any]:
     if student.keep_blocks is not None:
-        return {"from_teacher": {"keep_blocks": list(student.keep_blocks)}}
+        return {"from_teacher": {"keep_blocks": list(student.keep_blocks), "weights": student.block_weights}}
     section = {"model": student.model_name_or_path, "kwargs": dict(student.kwargs), "pretrained": student.pretrained}
     return section if student.weights is None else {**section, "weights": student.weights}
 
@@ -449,6 +451,8 @@ def _train_section(args: TrainingArguments | Mapping[str, Any] | None) -> dict[s
     """Return the keys of a recipe's ``train`` that training arguments mean."""
     if not isinstance(args, TrainingArguments):
         return dict(args or {})
+    if args.seed != TrainingArguments(output_dir=args.output_dir).seed:
+        logger.warning("args.seed is not used: say DistillationConfig(seed=%d)", args.seed)
     section: dict[str, Any] = {
         "epochs": args.num_train_epochs,
         "batch_size": args.per_device_train_batch_size,

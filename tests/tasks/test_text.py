@@ -223,14 +223,21 @@ def test_texts_are_cut_at_the_length():
     assert both["input_ids"].shape == (8, 6)  # the longer of a pair is cut first
 
 
-def test_the_length_is_what_every_model_takes():
+def test_each_model_has_the_default_length_or_what_it_takes():
+    """The same beside another model as alone: else a student were trained on shorter texts than it is judged on."""
     long, short = word_pieces(), roberta_tokenizer()
     long.model_max_length = 512
-    assert prepared(table(), TextProcessor(long)).length == 128
-    assert prepared(table()).length == 64
-    task = prepared(table(), TextProcessor(long), {"teacher/": TextProcessor(short)})
-    assert task.length == task.settings()["max_length"] == 60
-    assert {each.max_length for each in task.tokenizers.values()} == {60}
+    assert prepared(table(), TextProcessor(long)).settings()["max_length"] == 128
+    assert prepared(table()).settings()["max_length"] == 64
+    task = prepared(
+        table(), TextProcessor(long), {"teacher/": TextProcessor(short), "same/": TextProcessor(word_pieces())}
+    )
+    assert task.settings()["max_length"] == 128
+    assert {prefix: each.max_length for prefix, each in task.tokenizers.items()} == {
+        "": 128,
+        "teacher/": 60,
+        "same/": 64,
+    }
 
 
 @pytest.mark.parametrize(("longest", "whose"), [(65, "the student"), (61, "the teacher 'teacher/'")])
@@ -360,7 +367,8 @@ def test_a_default_length_stays_the_one_that_was_trained():
     long = word_pieces()
     long.model_max_length = 512
     again.prepare(TextProcessor(long), {})
-    assert again.length == task.length == 64
+    assert again.settings() == task.settings()
+    assert again.settings()["max_length"] == 64
 
 
 @pytest.mark.parametrize("tokenizer", [word_pieces(), roberta_tokenizer(), decoder_tokenizer("<end>")])

@@ -77,6 +77,7 @@ def check_augmentations(steps: Sequence[Step], kind: str, path: tuple[str | int,
         path: where the entries stand in the recipe.
     """
     problems: list[Problem] = []
+    kinds = (kind,) if kind == "text" else (kind, "mix")  # tokens cannot be mixed
     for place, step in enumerate(steps):
         try:
             name, options = split_step(step)
@@ -84,7 +85,7 @@ def check_augmentations(steps: Sequence[Step], kind: str, path: tuple[str | int,
             if isinstance(step, Mapping):  # anything else is a mistake that the schema reports
                 problems.append(Problem((*path, place), str(error)))
             continue
-        known = [n for n in augmentations.names() if augmentations.facts(n).get("kind") in (kind, "mix")]
+        known = [n for n in augmentations.names() if augmentations.facts(n).get("kind") in kinds]
         if name not in known:
             hint = did_you_mean(name, known)
             problems.append(Problem((*path, place), f"there is no {kind} augmentation '{name}'", hint))

@@ -148,7 +148,7 @@ def splits_from(
         table = _rename(tables[split], columns or {}, split, title, optional={label} if split != "train" else set())
         tables[split] = _with_ids(table, f"the split '{split}' of {title}")
     notes += _name_labels(tables, label, label_names, title)
-    notes += _without_hidden_test(tables, label, title)
+    notes = _without_hidden_test(tables, label, title) or notes
     notes += _carve(tables, {"test": test, "validation": validation}, label, seed, title)
     notes += _limit(tables, limit or {}, seed, title)
     return Splits(tables["train"], tables.get("validation"), tables.get("test"), notes)

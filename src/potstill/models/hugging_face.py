@@ -103,7 +103,7 @@ class HuggingFace:
         if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             message = f"expected a folder or a hub id such as bert-base-uncased or owner/name, got '{name}'"
             return [Problem((*path, "model"), message)]
-        return []
+        return _unknown_options(name, kwargs, path) if folder.is_dir() and kwargs else []
 
     def save(self, model: nn.Module, folder: Path, *, name: str, labels: list[str], processor: Any) -> None:
         """Write the model and its tokenizer or image processor, as ``from_pretrained`` and ``pipeline`` read them."""
@@ -181,6 +181,20 @@ def _config(name: str, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             setattr(config, key, value)
     with _as_model_error(name):
         return _with_layers(config), loading
+
+
+def _unknown_options(name: str, kwargs: Mapping[str, Any], path: tuple[str | int, ...]) -> list[Problem]:
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(name, **_hub(kwargs))
+    except (OSError, ValueError, KeyError):
+        return []  # said when the model is built
+    known = [*config.to_dict(), *getattr(config, "attribute_map", {}), *_HUB, *_LOADING]
+    return [
+        Problem((*path, "kwargs", key), f"model '{name}' has no option '{key}'", did_you_mean(key, known))
+        for key in kwargs
+        if key not in known
+    ]
 
 
 def _with_layers(config: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from potstill.data.batching import batches
 from potstill.data.load import Splits
-from potstill.errors import TrainingError, did_you_mean
+from potstill.errors import ModelError, TrainingError, did_you_mean
 from potstill.evaluation.cost import parameters
 from potstill.interfaces import Progress
 from potstill.recipe import build
@@ -51,14 +51,20 @@ def dry_run(recipe: Recipe, *, allow_code: bool = True, batch_size: int = 4) -> 
         weights = ", random weights" if build.is_random(spec) else ""
         if built.fresh:
             weights = f", new weights: {', '.join(built.fresh[:4])}{', …' if len(built.fresh) > 4 else ''}"
+        if weights and spec.train is None:
+            weights += "; it teaches noise, say `train:`"
         yield f"{name}: {spec.model}, {parameters(model):,} parameters{weights}"
     batch = next(batches(task.dataset(splits.train, training=True, seed=recipe.seed), batch_size))
     build.check_tokens(recipe, objective, batch)
     source = Several(teachers) if len(teachers) > 1 else next(iter(teachers.values()), None)
     parts: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]):
-        signals = source(dict(batch)) if source is not None else {}
         module = DistillationModule(student, objective, forward=task.forward)
+        try:
+            signals = source(dict(batch)) if source is not None else {}
+            task.forward(student, batch)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise ModelError(f"a model cannot take what the task gives it: {error}") from error
         module.materialize(signals, batch)
         for step in (999, 0):  # late too, for a ramp may begin at 0, where a term is not computed
             parts |= module(signals, progress=Progress(step, 1000), **batch).parts

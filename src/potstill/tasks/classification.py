@@ -105,7 +105,11 @@ class Classification:
             return  # the data have only numbers
         if sorted(wanted) == sorted(found):
             order = [self.label_names[wanted.index(label)] for label in found]
-            fix = f"the order differs: say `data: {{labels: [{', '.join(order)}]}}`"
+            named = ", ".join(order)
+            fix = (
+                f"the order differs: where the data name their classes themselves, `data: {{labels: [{named}]}}` "
+                "(in Python `label_names`) puts them in this order; where they number them, the names are wrong"
+            )
         else:
             fix = "if its outputs mean the same in the same order, say `labels: dataset` beside its `model`"
         raise TaskError(

@@ -93,8 +93,10 @@ class TextClassification(Classification):
         self._check_length({whose: each.tokenizer for whose, each in everyone.items() if each is not None})
         own = {"": student, **teachers}
         made = {prefix: self._tokenizer(each.tokenizer) for prefix, each in own.items() if each is not None}
-        shared = _identity(made[""])
-        self.tokenizers = {k: v for k, v in made.items() if not k or _identity(v) != shared}
+        identity = {prefix: _identity(each.tokenizer) for prefix, each in made.items()}
+        self._one_tokenizer = len(set(identity.values())) == 1
+        shared = identity[""], made[""].max_length
+        self.tokenizers = {k: v for k, v in made.items() if not k or (identity[k], v.max_length) != shared}
         self._add_inputs([v.tokenizer for k, v in made.items() if k not in self.tokenizers])
 
     def dataset(self, table: Dataset, *, training: bool, seed: int) -> Texts:
@@ -151,7 +153,7 @@ class TextClassification(Classification):
 
     def _given_tokens(self, table: Dataset) -> Tokens:
         """Return the tokens that the table holds, without their padding."""
-        if len(self.tokenizers) > 1:
+        if not self._one_tokenizer:
             raise TaskError(
                 "the data are tokenised already, and teacher and student have different tokenizers; give the texts, "
                 "so that each model gets its own tokens"
@@ -195,11 +197,10 @@ class TextClassification(Classification):
             self.tokenizers[""] = self._tokenizer(next(o for o in others if more[0] in o.model_input_names))
 
 
-def _identity(own: Tokenizer) -> str:
-    """Return what decides the tokens of a text; settings of decoding are none of it."""
-    tokenizer = own.tokenizer
+def _identity(tokenizer: Any) -> str:
+    """Return what decides a tokenizer's tokens; settings of cutting and decoding are none of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    sides = f"{tokenizer.padding_side} {tokenizer.truncation_side} {tokenizer.pad_token_id} {own.max_length}"
+    sides = f"{tokenizer.padding_side} {tokenizer.truncation_side} {tokenizer.pad_token_id}"
     if backend is None:
         return f"{type(tokenizer).__name__} {sides} {sorted(tokenizer.get_vocab().items())}"
     about = json.loads(backend.to_str())
