@@ -96,7 +96,7 @@ def main() -> None:
         print(
             f"{name}: {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}], {model.parameters:,} parameters"
         )
-    trained = (done.folder / "history/teacher.json").is_file()
+    trained = done.run.recipe.all_teachers["teacher"].train is not None
     print(f"the teacher was fine-tuned first: {'yes' if trained else 'no'}")
     chance = done.metrics.chance or 0.0
     better = done.metrics.models["distilled"].metrics["accuracy"].value > chance + 0.2
