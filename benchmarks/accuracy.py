@@ -50,7 +50,7 @@ def main() -> None:
 def one(recipe: str, changes: list[str], folder: Path) -> dict[str, Any]:
     """Do one run and return its figures, and for each model which test samples it answered rightly."""
     run = Run(load_recipe(recipe, changes), folder, bars=False)
-    metrics = run.execute().model_dump(mode="json")
+    metrics = run.execute().model_dump(mode="json", exclude={"notes"})  # which name folders of this machine
     right = {}
     for name in metrics["models"]:
         said = Predictions.load(run.folder / f"predictions/{name}.test.safetensors")

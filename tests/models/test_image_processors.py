@@ -13,7 +13,8 @@ from PIL import Image
 
 from potstill.data.pictures import Geometry, Normalise
 from potstill.errors import ModelError
-from potstill.models.image_processors import ExactImageProcessor, image_processor
+from potstill.models.image_processors import image_processor
+from potstill.models.origins import ImageProcessor
 
 SHAPES = [(240, 320), (133, 251), (300, 301), (227, 224), (225, 224)]
 
@@ -27,7 +28,7 @@ def photo(height: int, width: int) -> Image.Image:
 
 
 def ours(known, picture: Image.Image) -> torch.Tensor:
-    assert isinstance(known, ExactImageProcessor)
+    assert isinstance(known, ImageProcessor)
     size = known.size or ((known.shorter,) * 2 if known.shorter else (picture.height, picture.width))
     geometry = Geometry(size, known.squash or known.shorter or size, known.interpolation, known.floor)
     return Normalise(known.mean, known.std)(geometry.picture(picture)[None])

@@ -15,7 +15,6 @@ from torch import nn
 from torchvision.transforms.v2 import functional as F
 
 from potstill.errors import ComponentError, ModelError
-from potstill.models.image_processors import ExactImageProcessor
 from potstill.models.origins import ImageProcessor
 from potstill.models.timm_models import Timm
 
@@ -72,7 +71,7 @@ def test_saved_and_loaded_by_timm(tmp_path, name):
     read = resolve_model_data_config(again)
     assert (tuple(read["input_size"]), tuple(read["mean"]), tuple(read["std"])) == ((1, 160, 160), (0.2,), (0.3,))
     known = ORIGIN.processor(f"local-dir:{tmp_path}", {}, {"in_channels": 1})
-    assert known == ExactImageProcessor((160, 160), 182, "bilinear", (0.2,), (0.3,), floor=False)
+    assert known == ImageProcessor((160, 160), 182, "bilinear", (0.2,), (0.3,), floor=False)
 
 
 def test_the_head_is_kept_with_its_names(saved):

@@ -13,7 +13,7 @@ from PIL import Image as Pictures
 
 from potstill.data.batching import InMemory, Lazy
 from potstill.errors import TaskError
-from potstill.models.image_processors import ExactImageProcessor, image_processor
+from potstill.models.image_processors import image_processor
 from potstill.models.origins import ImageProcessor
 from potstill.tasks import image_classification
 from potstill.tasks.image_classification import ImageClassification
@@ -424,7 +424,7 @@ def test_without_teachers_of_their_own_nothing_changes():
     ],
 )
 def test_what_the_recipe_says_holds_for_all_models(given, size, shorter):
-    teacher = ExactImageProcessor(size=(9, 9), squash=(12, 12), mean=(0.2,) * 3, std=(0.4,) * 3)
+    teacher = ImageProcessor(size=(9, 9), squash=(12, 12), mean=(0.2,) * 3, std=(0.4,) * 3)
     task = prepared(photos(), STUDENT, {"teacher/": teacher}, **given)
     assert (task.own.size, task.own.shorter) == (size, shorter)
     assert task.own.mean == tuple(given.get("mean", SMALL["mean"]))
@@ -568,8 +568,8 @@ def test_a_resized_crop_is_taken_from_all_that_is_left_of_the_picture():
     [
         STUDENT,
         ImageProcessor(interpolation="bicubic", size=(6, 8)),
-        ExactImageProcessor(size=(8, 8), squash=(11, 12), interpolation="lanczos"),
-        ExactImageProcessor(size=(8, 8), shorter=11, floor=True),
+        ImageProcessor(size=(8, 8), squash=(11, 12), interpolation="lanczos"),
+        ImageProcessor(size=(8, 8), shorter=11, floor=True),
     ],
 )
 def test_what_a_model_wants_is_saved_with_it(processor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from potstill.errors import ModelError
@@ -12,19 +11,6 @@ from potstill.models.origins import ImageProcessor
 _KNOWN = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_reduce_labels"}
 _UNKNOWN = {"rescale_offset", "size_divisor", "resize_short", "keep_aspect_ratio", "ensure_multiple_of"}
 _FILTERS: Mapping[Any, str] = dict(enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
-
-
-@dataclass(frozen=True)
-class ExactImageProcessor(ImageProcessor):
-    """An image processor with what transformers, and some models of timm, do differently from torchvision.
-
-    Attributes:
-        squash: height and width to which both edges are resized before ``size`` is cropped from the middle.
-        floor: whether half a pixel beside the crop is rounded down, as in transformers; torchvision rounds it to even.
-    """
-
-    squash: tuple[int, int] | None = None
-    floor: bool = True
 
 
 def image_processor(native: Any) -> ImageProcessor:
@@ -47,7 +33,7 @@ def image_processor(native: Any) -> ImageProcessor:
     mean, std = _normalisation(native)
     resample = getattr(native, "resample", 2)
     interpolation = _FILTERS.get(resample, str(getattr(resample, "value", resample)).removesuffix("-exact"))
-    return ExactImageProcessor(
+    return ImageProcessor(
         size=size,
         shorter=shorter,
         interpolation=cast(Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"], interpolation),
@@ -55,6 +41,7 @@ def image_processor(native: Any) -> ImageProcessor:
         std=std,
         native=native,
         squash=squash,
+        floor=True,
     )
 
 

@@ -24,6 +24,8 @@ class ImageProcessor:
         mean: per channel, of values in [0, 1]; ``None`` for that of the data.
         std: per channel, of values in [0, 1]; ``None`` for that of the data.
         native: the ecosystem's own processor, saved beside the model; ``None`` where there is none.
+        squash: height and width to which both edges are resized before ``size`` is cropped from the middle.
+        floor: whether half a pixel beside the crop is rounded down, as in transformers; torchvision rounds it to even.
     """
 
     size: tuple[int, int] | None = None
@@ -32,6 +34,8 @@ class ImageProcessor:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     native: Any = field(default=None, compare=False, repr=False)
+    squash: tuple[int, int] | None = None
+    floor: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from potstill.errors import ComponentError, ModelError, PotstillError, Problem, did_you_mean
-from potstill.models.image_processors import ExactImageProcessor
 from potstill.models.origins import Built, ImageProcessor, TextProcessor
 from potstill.models.weights import WEIGHTS, save_modules
 
@@ -92,7 +91,7 @@ class Timm:
             )
         channels = _options(kwargs, facts, cfg).get("in_chans", said["input_size"][0])
         own = len(said["mean"]) == channels
-        return ExactImageProcessor(
+        return ImageProcessor(
             size=(height, width),
             shorter=resized[0] if mode == "center" else None,
             interpolation=said["interpolation"] if said["interpolation"] in _FILTERS else "bicubic",

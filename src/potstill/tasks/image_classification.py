@@ -18,7 +18,6 @@ from potstill.data.batching import InMemory, Lazy
 from potstill.data.pictures import Geometry, Normalise, pixels, scaled
 from potstill.errors import TaskError
 from potstill.interfaces import Batch
-from potstill.models.image_processors import ExactImageProcessor
 from potstill.models.origins import ImageProcessor
 from potstill.registry import augmentations, tasks
 from potstill.tasks.classification import Classification
@@ -69,7 +68,7 @@ class ImageClassification(Classification):
         self.own = self._effective(None)
         self.channels = 0
         self.augment = list(augment)
-        self._teachers: dict[str, ExactImageProcessor] = {}
+        self._teachers: dict[str, ImageProcessor] = {}
         self._sizes: list[tuple[int, int]] = []
 
     def fit(self, train: Dataset) -> None:
@@ -156,7 +155,7 @@ class ImageClassification(Classification):
         super().restore(settings)
         self.image, self.channels = str(settings["image"]), int(settings["channels"])
         resize = settings.get("resize")
-        self.own = ExactImageProcessor(
+        self.own = ImageProcessor(
             size=_pair(settings["size"]),
             shorter=resize if isinstance(resize, int) else None,
             interpolation=settings.get("interpolation", "bilinear"),
@@ -178,17 +177,15 @@ class ImageClassification(Classification):
         shape = (self._seen_channels(), *self._geometry(self.own).size)
         return {"pixel_values": torch.randn(batch_size, *shape, generator=generator)}
 
-    def _effective(self, processor: ImageProcessor | None) -> ExactImageProcessor:
+    def _effective(self, processor: ImageProcessor | None) -> ImageProcessor:
         """Return how a model's images are made: as the recipe says, else as the model wants, else as the data are."""
         given, learned, wanted = self.given, self.learned, processor or ImageProcessor()
-        shorter, squash, floor = wanted.shorter, None, False
-        if isinstance(wanted, ExactImageProcessor):
-            squash, floor = wanted.squash, wanted.floor
+        shorter, squash, floor = wanted.shorter, wanted.squash, wanted.floor
         if given.size or given.shorter:
             shorter, squash, floor = given.shorter, None, False
         size = given.size or wanted.size or ((shorter, shorter) if shorter else learned.size)
         crops = shorter is not None or squash not in (None, size)
-        return ExactImageProcessor(
+        return ImageProcessor(
             size=size,
             shorter=shorter,
             interpolation=wanted.interpolation,
@@ -199,7 +196,7 @@ class ImageClassification(Classification):
             floor=crops and floor,
         )
 
-    def _geometry(self, own: ExactImageProcessor) -> Geometry:
+    def _geometry(self, own: ImageProcessor) -> Geometry:
         if own.size is None:
             raise TaskError(f"images differ in size ({self._sizes[:3]}, …); say `task.size: [height, width]`")
         return Geometry(own.size, own.squash or own.shorter or own.size, own.interpolation, own.floor)
