@@ -227,3 +227,72 @@ def test_check_needs_no_data(model: str, kwargs: dict[str, Any], expected: dict)
     assert {problem.path for problem in problems} == set(expected)
     for problem in problems:
         assert expected[problem.path] in str(problem)
+
+
+class TestWeightsByAddress:
+    """A file with an address is fetched once; a name that holds the beginning of its hash is held to it."""
+
+    @pytest.fixture(autouse=True)
+    def _own_cache(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def published(self, folder, name: str) -> str:
+        folder.mkdir(exist_ok=True)
+        source = Blueprint("potstill:mlp", {"hidden": [6]}).build(FACTS, seed=3)
+        torch.save(
+            {"state_dict": {f"module.{key}": value for key, value in source.state_dict().items()}}, folder / name
+        )
+        return (folder / name).as_uri()
+
+    def test_it_is_fetched_once(self, tmp_path, caplog):
+        caplog.set_level("INFO")
+        address = self.published(tmp_path / "web", "mlp.pth")
+        wanted = Blueprint("potstill:mlp", {"hidden": [6]}).build(FACTS, seed=3)
+        assert same(Blueprint("potstill:mlp", {"hidden": [6]}, address).build(FACTS, seed=0), wanted)
+        assert "the prefix 'module.' was dropped" in caplog.text
+        (tmp_path / "web/mlp.pth").unlink()
+        assert same(Blueprint("potstill:mlp", {"hidden": [6]}, address).build(FACTS, seed=0), wanted)
+
+    def test_another_content_than_its_name_says_is_refused(self, tmp_path):
+        address = self.published(tmp_path / "web", "mlp-0123abcd.pth")
+        with pytest.raises(ModelError, match="cannot be fetched: invalid hash value"):
+            Blueprint("potstill:mlp", {"hidden": [6]}, address).build(FACTS, seed=0)
+        assert not (tmp_path / "hub/checkpoints/mlp-0123abcd.pth").exists()
+
+    def test_an_address_where_there_is_nothing(self, tmp_path):
+        with pytest.raises(ModelError, match="cannot be fetched"):
+            Blueprint("potstill:mlp", {}, (tmp_path / "none.pth").as_uri()).build(FACTS, seed=0)
+
+
+class TestEcosystems:
+    """A reference finds its ecosystem, and what was saved comes back with nothing but its folder."""
+
+    @pytest.mark.parametrize(
+        ("model", "kwargs", "keep"),
+        [
+            ("timm:test_vit", {}, None),
+            ("timm:test_vit", {"depth": 4}, (0, 2)),
+            ("torchvision:shufflenet_v2_x0_5", {}, None),
+            ("potstill:cifar_resnet", {"depth": 8}, None),
+        ],
+    )
+    def test_a_saved_model_answers_alike(self, tmp_path, model, kwargs, keep):
+        pytest.importorskip(model.split(":")[0])
+        facts = {"num_labels": 3, "label_names": ["a", "b", "c"], "in_channels": 3}
+        blueprint = Blueprint(model, kwargs, pretrained=False, keep_blocks=keep, container="blocks" if keep else None)
+        made = blueprint.build(facts, seed=1).eval()
+        save_model(made, tmp_path / "m", {**blueprint.card(facts), "settings": {"label_names": ["a", "b", "c"]}})
+        again, card = load_model(tmp_path / "m", allow_code=False)
+        images = torch.randn(2, 3, 160, 160)
+        with torch.no_grad():
+            assert torch.equal(made(images), again.eval()(images))
+        assert card["settings"]["label_names"] == ["a", "b", "c"]
+        if keep:
+            further = Blueprint(str(tmp_path / "m"), keep_blocks=(1,), container="blocks")
+            assert further.card(facts)["keep_blocks"] == [2]  # of the first model's blocks
+
+    def test_a_folder_with_pretrained_false_is_its_architecture(self, tmp_path):
+        blueprint = Blueprint("potstill:mlp", {"hidden": [6]})
+        save_model(blueprint.build(FACTS, seed=1), tmp_path / "m", blueprint.card(FACTS))
+        new = Blueprint(str(tmp_path / "m"), pretrained=False).build(FACTS, seed=2)
+        assert same(new, blueprint.build(FACTS, seed=2))
