@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", metavar="key=value")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs are, one folder a seed")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     folder = RESULTS / asked.recipe
     for seed in range(asked.seeds):
         file = folder / f"seed-{seed}.json"
