@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,6 +29,20 @@ def _no_search_through_the_libraries() -> None:
     import transformers  # noqa: F401
 
     gc.freeze()
+
+
+@pytest.fixture
+def ends() -> Iterator[None]:
+    """Ends a test that would go on for ever, as an exponential one does; no measure of speed."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("after two minutes this would go on for ever")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

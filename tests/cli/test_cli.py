@@ -413,16 +413,14 @@ class TestDistill:
             assert any(line.endswith(f"{name}: training") for line in lines)
             assert any(f"{name}: step " in line and "accuracy" in line for line in lines)
 
-    def test_the_same_command_again_is_immediate(
+    def test_the_same_command_again_does_nothing_more(
         self, digits: tuple[Said, Path], potstill: Command, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         said, place = digits
         monkeypatch.chdir(place)
         (events,) = place.glob("runs/*/events.jsonl")
         before = events.read_text()
-        started = time.perf_counter()
         again = potstill("distill", "digits", *TINY)
-        assert time.perf_counter() - started < 2
         assert (again.status, again.out, again.err) == (0, said.out, "")
         assert events.read_text() == before
 

@@ -2,7 +2,6 @@
 
 import os
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -289,11 +288,10 @@ def test_a_diamond_is_no_cycle_and_its_problems_come_once(tmp_path):
     assert document.tree == {"x": 1}
 
 
-def test_many_diamonds_are_quick(tmp_path):
+@pytest.mark.usefixtures("ends")
+def test_many_diamonds_come_to_an_end(tmp_path):
     files = {f"f{n}": f"extends: [{', '.join([f'f{n + 1}'] * 20)}]\nk{n}: {n}" for n in range(20)}
-    start = time.perf_counter()
     document = read_document(write(tmp_path, **files, f20="last: 1"))
-    assert time.perf_counter() - start < 5
     assert len(document.tree) == 21
 
 

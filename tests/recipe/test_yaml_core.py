@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 
 import pytest
 
@@ -216,10 +215,9 @@ def laughs(first: str, each: str) -> str:
     ],
     ids=range(13),
 )
-def test_bombs_are_refused_quickly(text, words):
-    start = time.perf_counter()
+@pytest.mark.usefixtures("ends")
+def test_bombs_are_refused(text, words):
     problem = only(parse_document(text, "r.yaml"))
-    assert time.perf_counter() - start < 5
     assert words in problem.message
     assert len(str(problem)) < 300
 
