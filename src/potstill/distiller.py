@@ -273,7 +273,6 @@ class Distiller:
         )
         train = _train_section(args)
         recipe = self._recipe(task, splits, tables, train)
-        self._check_labels(recipe, splits)
         if output is None and isinstance(args, TrainingArguments):
             output = args.output_dir
         run = Run(recipe, output, splits=splits)
@@ -301,7 +300,9 @@ class Distiller:
             "baseline": {"enabled": self.config.baseline},
         }
         draft = recipe_from(tree)
-        lesson = self._lesson(draft, splits, train)
+        fitted = build.fitted_task(draft, splits)
+        self._check_labels(fitted)
+        lesson = self._lesson(draft, fitted, train)
         return draft if lesson is None else recipe_from({**tree, "teacher": {**who, "train": lesson}})
 
     def _objective(self, labelled: bool) -> dict[str, Any]:
@@ -322,7 +323,7 @@ class Distiller:
             raise TrainingError(f"expected distillation_type 'logit' or 'feature', got '{config.distillation_type}'")
         return terms
 
-    def _lesson(self, recipe: Recipe, splits: Splits, train: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _lesson(self, recipe: Recipe, task: Task, train: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return how the teacher is trained first, or ``None`` where it is not."""
         wanted = self.teacher.config.train
         if isinstance(wanted, Mapping):
@@ -331,7 +332,6 @@ class Distiller:
             return {**_TRAIN, **train}
         if wanted is False:
             return None
-        task = build.fitted_task(recipe, splits)
         spec = recipe.all_teachers["teacher"]
         fresh = build.make_blueprint(spec).make(task.facts(), seed=recipe.seed).fresh
         if not fresh and not build.is_random(spec):
@@ -359,8 +359,7 @@ class Distiller:
             return {"name": name, "label": label}
         return {"name": name, "label": label, "max_length": config.max_length, **_texts(config.text, train, label)}
 
-    def _check_labels(self, recipe: Recipe, splits: Splits) -> None:
-        task: Task = build.fitted_task(recipe, splits)
+    def _check_labels(self, task: Task) -> None:
         found = len(task.label_names)
         for whose, config in (("teacher", self.teacher.config), ("student", self.student.config)):
             if config.num_labels is not None and found and config.num_labels != found:

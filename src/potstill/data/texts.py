@@ -98,7 +98,7 @@ class Texts(InMemory):
 
     Args:
         columns: the other columns, samples first, ``sample_id`` among them.
-        texts: the texts, or a pair of them a sample; ``None`` where ``tokens`` are given.
+        texts: one column of texts, or two for pairs; none where ``tokens`` are given.
         tokenizers: prefix of the batch entries (``""`` for the student, ``teacher/``) to tokenizer.
         tokens: in place of texts: what is tokenised already, by prefix.
         steps: entries of ``data.augment``; a text is then tokenised anew each time.
@@ -127,9 +127,6 @@ class Texts(InMemory):
         self.seed = seed
         if self.steps and not self.texts:
             raise DataError("data.augment changes texts, and the data hold only token ids; give the texts as well")
-
-    def __getitem__(self, index: int) -> Batch:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return these samples as one batch."""

@@ -254,8 +254,8 @@ def _seen(model: Any, processor: Any) -> dict[str, Any]:
     if processor.size is None:
         return said
     said["input_size"] = (channels, *processor.size)
-    squash = getattr(processor, "squash", None)
-    size, resized = processor.size[0], squash[0] if squash else processor.shorter or processor.size[0]
+    size = processor.size[0]
+    resized = processor.squash[0] if processor.squash else processor.shorter or size
     exact = size / resized
     said["crop_pct"] = exact if math.floor(size / exact) == resized else size / (resized + 0.5)  # timm rounds down
     said["crop_mode"] = "squash" if processor.shorter is None else "center"
