@@ -173,6 +173,14 @@ class Task(Protocol):
         """Take back what :meth:`settings` returned."""
         ...
 
+    def show(self, table: Dataset, rows: list[int]) -> list[list[dict[str, str]]]:
+        """Return what a person sees of some rows, for the report.
+
+        Each row has parts with a ``name``, a ``value``, and as ``kind`` ``text``, ``number`` or ``image``, whose value
+        is a ``data:`` address of a PNG file.
+        """
+        ...
+
     def example_inputs(self, batch_size: int) -> Batch:
         """Return inputs of the right shapes for timing and export."""
         ...

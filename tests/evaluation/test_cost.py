@@ -7,7 +7,7 @@ import time
 import torch
 from torch import nn
 
-from potstill.evaluation.cost import bytes_on_disk, latencies, parameters
+from potstill.evaluation.cost import bytes_on_disk, parameters, speeds
 from potstill.tasks.classification import Classification
 
 
@@ -51,27 +51,35 @@ def test_models_take_turns():
     """One after the other, a machine that slows down in the second half makes the second model look slow."""
     calls: list = []
     models = {name: Recorder(name, calls) for name in ("a", "b")}
-    found = latencies(models, dict.fromkeys(models, Task()), rounds=4)
+    found = speeds(models, dict.fromkeys(models, Task()), rounds=4)
     assert set(found) == {"a", "b"}
-    assert all(set(each) == {"1", "32"} for each in found.values())
-    assert [(name, size) for name, size, *_ in calls] == [("a", 1), ("b", 1)] * 6 + [("a", 32), ("b", 32)] * 6
+    assert all(set(each.latency_ms) == {"1", "32"} for each in found.values())
+    turns = [[("a", size), ("b", size)] * 6 for size in (1, 32, 128)]
+    assert [(name, size) for name, size, *_ in calls] == [call for turn in turns for call in turn]
 
 
 def test_eval_mode_without_gradient():
     calls: list = []
-    latencies({"a": Recorder("a", calls).train()}, {"a": Task()}, rounds=2)
+    speeds({"a": Recorder("a", calls).train()}, {"a": Task()}, rounds=2)
     assert {(training, grad) for _, _, training, grad in calls} == {(False, False)}
 
 
 def test_the_median_in_milliseconds_without_the_warm_up():
     """The first forwards allocate and compile; with them a small model looks ten times slower than it is."""
-    found = latencies({"a": Recorder("a", [], seconds=0.02, first=2, slow=0.3)}, {"a": Task()}, rounds=1)["a"]
+    found = speeds({"a": Recorder("a", [], seconds=0.02, first=2, slow=0.3)}, {"a": Task()}, rounds=1)["a"].latency_ms
     assert 20 <= found["1"] < 290
     assert 20 <= found["32"] < 290
 
 
 def test_the_budget_ends_the_rounds_but_leaves_enough_to_judge():
     calls: list = []
-    found = latencies({"a": Recorder("a", calls, seconds=0.01)}, {"a": Task()}, rounds=1000, budget_s=0.02)
-    assert [call[1] for call in calls] == [1] * 5 + [32] * 5
-    assert found["a"]["1"] >= 10
+    found = speeds({"a": Recorder("a", calls, seconds=0.01)}, {"a": Task()}, rounds=1000, budget_s=0.02)
+    assert [call[1] for call in calls] == [1] * 5 + [32] * 5 + [128] * 5
+    assert found["a"].latency_ms["1"] >= 10
+
+
+def test_the_throughput_is_that_of_the_best_batch_size():
+    """A forward that takes as long for many samples as for one gives most with most; it is seconds, not ms."""
+    found = speeds({"a": Recorder("a", [], seconds=0.02)}, {"a": Task()}, rounds=3)["a"]
+    assert found.throughput <= 128 / 0.02
+    assert found.throughput > 32 / (found.latency_ms["32"] / 1000)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
-from potstill.evaluation.fidelity import agreement, retention, retention_above_chance
+from potstill.evaluation.fidelity import agreement, divergence, retention, retention_above_chance
 
 
 def test_retention():
@@ -33,3 +35,22 @@ def test_agreement_of_answers_for_each_token():
     first, second = np.ones((2, 3), dtype=int), np.ones((2, 3), dtype=int)
     second[0, 0] = 2
     assert agreement(first, second) == pytest.approx(5 / 6)
+
+
+def test_divergence_is_that_of_torch_from_the_teacher_to_the_student():
+    rng = np.random.default_rng(0)
+    teacher, student = rng.normal(size=(2, 7, 5)) * 3
+    expected = F.kl_div(
+        torch.log_softmax(torch.tensor(student), -1), torch.softmax(torch.tensor(teacher), -1), reduction="none"
+    ).sum(-1)
+    np.testing.assert_allclose(divergence(teacher, student), expected.numpy(), rtol=1e-12)
+    assert not np.allclose(divergence(teacher, student), divergence(student, teacher))
+
+
+def test_divergence_of_impossible_classes_and_of_large_logits_is_finite():
+    teacher = np.array([[0.0, 1.0, -np.inf], [1e4, 0.0, 0.0]], dtype=np.float32)
+    student = np.array([[0.0, 1.0, 2.0], [0.0, 1e4, 0.0]], dtype=np.float32)
+    found = divergence(teacher, student)
+    assert np.isfinite(found).all()
+    assert found[1] == pytest.approx(1e4)
+    np.testing.assert_allclose(divergence(teacher, teacher), 0.0, atol=1e-12)

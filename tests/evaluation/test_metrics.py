@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from potstill.evaluation.metrics import compare, estimate
+from potstill.evaluation.calibration import expected_calibration_error, negative_log_likelihood
+from potstill.evaluation.metrics import calibrate, compare, estimate
 from potstill.evaluation.predict import Predictions
 from potstill.tasks.classification import Classification
 
@@ -106,3 +107,43 @@ def test_compare_uses_the_primary_metric_of_the_task():
     assert compare(F1(), predictions(first, labels), predictions(second, labels), resamples=100)["value"] == (
         pytest.approx(expected)
     )
+
+
+def named(classes=4):
+    task = Classification()
+    task.label_names = [str(place) for place in range(classes)]
+    return task
+
+
+def test_a_comparison_counts_who_alone_is_right():
+    labels = [0, 1, 2, 3, 0, 1, -100]
+    first = predictions([0, 1, 2, 3, 1, 0, 0], labels)
+    second = predictions([0, 0, 0, 0, 0, 0, 0], labels)
+    found = compare(named(), first, second, resamples=100)
+    assert (found["only_first"], found["only_second"]) == (3, 1)
+    assert found["mcnemar"] == pytest.approx(0.625)  # 2 · (1 + 4) / 16, by hand
+    assert found["value"] == pytest.approx(2 / 6)
+
+
+def test_without_classes_no_answer_is_right_or_wrong():
+    found = compare(named(5), predictions([0, 1], [0, 1]), predictions([0, 0], [0, 1]), resamples=100)
+    assert "mcnemar" not in found
+    assert calibrate(named(5), predictions([0, 1], [0, 1]), resamples=100) is None
+
+
+def test_calibration_with_its_interval():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(400, 4)).astype(np.float32) * 3
+    labels = np.where(rng.random(400) < 0.7, logits.argmax(-1), rng.integers(0, 4, 400))
+    labels[:5] = -100
+    found = calibrate(named(), Predictions(logits, labels, np.arange(400)), resamples=200)
+    value, low, high = found["ece"]
+    assert value == pytest.approx(expected_calibration_error(logits, labels), abs=1e-12)
+    assert low < value < high
+    assert found["nll"] == pytest.approx(negative_log_likelihood(logits, labels))
+    assert found["temperature"] > 1  # too sure
+
+
+def test_no_calibration_without_labels():
+    assert calibrate(named(), predictions([0, 1]), resamples=100) is None
+    assert calibrate(named(), predictions([0, 1], [-100, -100]), resamples=100) is None

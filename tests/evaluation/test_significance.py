@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from potstill.evaluation.significance import bootstrap, mean_interval, paired_gain
+from potstill.evaluation.significance import bootstrap, mcnemar, mean_interval, paired_gain
 
 
 def accuracy(predicted, labels):
@@ -171,3 +171,17 @@ def test_mean_interval_covers():
         found["low"] <= 5 <= found["high"] for found in (mean_interval(list(rng.normal(5, 2, 4))) for _ in range(400))
     )
     assert 365 <= covered <= 395
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [(0, 0, 1.0), (5, 5, 1.0), (1, 0, 1.0), (8, 0, 2 / 256), (0, 8, 2 / 256), (9, 2, 2 * (1 + 11 + 55) / 2048)],
+)
+def test_mcnemar_by_hand(first, second, p):
+    assert mcnemar(first, second) == pytest.approx(p)
+
+
+def test_mcnemar_of_hintons_table():
+    """146 errors against 74: were the 74 all among the 146, the difference would be beyond doubt."""
+    assert mcnemar(72, 0) < 1e-20
+    assert mcnemar(100, 28) < 1e-9

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import json
 
 import numpy as np
@@ -610,3 +612,18 @@ def test_timm_sees_the_same():
     wanted = ImageProcessor((24, 24), int(24 / 0.9), "bicubic", (0.4,) * 3, (0.3,) * 3)
     expected = torch.stack([pipeline(picture) for picture in photos()["image"]])
     torch.testing.assert_close(pixels(prepared(photos(), wanted), photos()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_person_sees_of_a_row():
+    """The picture as it is in the data, not as a model gets it."""
+    colour = random_pixels(3, 4, 5, 3)
+    rows = pictures(*colour)
+    (part,) = fitted(rows, size=[2, 2]).show(rows, [2])[0]
+    assert (part["name"], part["kind"]) == ("image", "image")
+    shown = Pictures.open(io.BytesIO(base64.b64decode(part["value"].split(",")[1])))
+    np.testing.assert_array_equal(np.array(shown), colour[2])
+
+
+def test_arrays_are_shown_too():
+    rows = arrays(np.random.default_rng(0).random((3, 4, 5)).astype(np.float32), Array2D((4, 5), "float32"))
+    assert len(fitted(rows).show(rows, [0, 2])) == 2

@@ -217,3 +217,21 @@ def test_noise_is_a_function_of_seed_epoch_and_id():
     shuffled = task.dataset(rows.select([3, 1]), training=True, seed=7)  # the same ids in another table
     assert torch.equal(shuffled.__getitems__([0, 1])["features"], whole[[3, 1]])
     assert (task.dataset(rows, training=True, seed=8).__getitems__([0, 1, 2, 3])["features"] != whole).all()
+
+
+def test_what_a_person_sees_of_a_row():
+    train = table(x=[1.0, 2.5, None, 4.0], kind=["a", "b", None, "a"], n=[1, 2, 3, 4])
+    seen = fitted(train).show(train, [1, 2])
+    assert [[(part["name"], part["value"]) for part in row] for row in seen] == [
+        [("x", "2.5"), ("kind", "b"), ("n", "2")],
+        [("x", "–"), ("kind", "–"), ("n", "3")],
+    ]
+    assert {part["kind"] for row in seen for part in row} == {"number"}
+
+
+def test_classes_are_shown_by_their_names():
+    rows = Dataset.from_dict(
+        {"c": [1, 0], "sample_id": [0, 1]},
+        features=Features({"c": ClassLabel(names=["red", "blue"]), "sample_id": Value("int64")}),
+    )
+    assert [row[0]["value"] for row in fitted(rows).show(rows, [0, 1])] == ["blue", "red"]

@@ -450,3 +450,23 @@ def test_a_roberta_teacher_beside_a_bert_student_answers_as_alone(tmp_path):
     mine = task.forward(read(student), data.__getitems__(EVERY))["logits"]
     alone = answers(student, transformers.AutoTokenizer.from_pretrained(student), texts, SECONDS)
     assert (mine - alone).abs().max() < 1e-9
+
+
+def test_what_a_person_sees_of_a_row():
+    rows = pairs()
+    seen = prepared(rows, text="premise", pair="claim").show(rows, [4, 1])
+    assert seen == [
+        [
+            {"name": "premise", "kind": "text", "value": SENTENCES[place][0]},
+            {"name": "claim", "kind": "text", "value": SECONDS[place]},
+        ]
+        for place in (4, 1)
+    ]
+
+
+def test_tokens_are_shown_as_text():
+    rows = table()
+    tokens = word_pieces()([text for text, _ in SENTENCES])["input_ids"]
+    given = table(input_ids=tokens)
+    seen = prepared(rows).show(given, [0])
+    assert seen[0][0]["value"] == word_pieces().decode(tokens[0], skip_special_tokens=True)

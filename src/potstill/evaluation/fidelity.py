@@ -1,4 +1,4 @@
-"""How much of the teacher the student has: retention and agreement."""
+"""How much of the teacher the student has: retention, agreement and the distance of their probabilities."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 
 def retention(student: float, teacher: float) -> float | None:
@@ -32,3 +33,21 @@ def agreement(first: NDArray[Any], second: NDArray[Any]) -> float:
         second: the other's on the same samples.
     """
     return float(np.mean(first == second))
+
+
+def divergence(teacher: NDArray[Any], student: NDArray[Any]) -> NDArray[np.float64]:
+    """Return KL(teacher ‖ student) of each sample in nats, at temperature 1.
+
+    Args:
+        teacher: logits ``[N, C]``; classes at −inf are impossible and add nothing.
+        student: logits ``[N, C]`` on the same samples.
+
+    Returns:
+        float64 ``[N]``, at least 0.
+    """
+    floor = np.finfo(np.float64).min
+    mine, theirs = (
+        np.maximum(log_softmax(np.asarray(logits, dtype=np.float64), axis=-1), floor) for logits in (student, teacher)
+    )
+    found = np.maximum((np.exp(theirs) * (theirs - mine)).sum(-1), 0.0)
+    return np.asarray(found, dtype=np.float64)

@@ -76,6 +76,20 @@ def paired_gain(
     return {"value": float(value), "low": low, "high": high, "p": (beyond + 1) / (resamples + 1)}
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test that two models are right equally often.
+
+    Args:
+        only_first: samples that the first model alone has right.
+        only_second: samples that the second alone has right; those on which both are right or wrong do not count.
+
+    Reference: McNemar 1947, https://doi.org/10.1007/BF02295996; Dietterich 1998,
+    https://doi.org/10.1162/089976698300017197.
+    """
+    differing = only_first + only_second
+    return float(stats.binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0
+
+
 def mean_interval(values: list[float]) -> dict[str, float]:
     """Return the mean of independent runs and its 95 % t-interval; of one run, no interval (NaN)."""
     array = np.asarray(values, dtype=np.float64)

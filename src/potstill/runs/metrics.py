@@ -29,8 +29,8 @@ class Estimate(_Strict):
     high: Figure = math.nan
 
     @model_serializer
-    def _plain(self) -> dict[str, float | None]:
-        return {name: None if math.isnan(value) else value for name, value in dict(self).items()}
+    def _plain(self) -> dict[str, Any]:
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in dict(self).items()}
 
 
 class Gain(Estimate):
@@ -38,9 +38,29 @@ class Gain(Estimate):
 
     Attributes:
         p: two-sided p-value of a paired test over the test samples.
+        only_first: samples that the first of the two models alone has right; none where answers are not right or wrong.
+        only_second: samples that the other alone has right.
+        mcnemar: two-sided p-value of McNemar's exact test on these two counts.
     """
 
     p: Figure = math.nan
+    only_first: int | None = None
+    only_second: int | None = None
+    mcnemar: float | None = None
+
+
+class Calibration(_Strict):
+    """How far a model's probabilities can be believed.
+
+    Attributes:
+        ece: expected calibration error in [0, 1], over 15 bins of equal width, with a bootstrap interval.
+        nll: mean negative log-likelihood of the labels in nats.
+        temperature: the temperature that makes the NLL least, fitted on these samples: above 1, it is too sure.
+    """
+
+    ece: Estimate
+    nll: float
+    temperature: float
 
 
 class ModelMetrics(_Strict):
@@ -52,7 +72,10 @@ class ModelMetrics(_Strict):
         parameters: number of parameters.
         bytes: size of the weight files.
         latency_ms: median time of a forward in milliseconds, by batch size (``"1"``, ``"32"``).
+        throughput: samples a second, at the batch size where they are most; none where latency is not measured.
         agreement: share of test samples answered as by the first teacher; none for that teacher.
+        divergence: mean of KL(first teacher ‖ model) over the samples in nats, at temperature 1; none for that teacher.
+        calibration: how far probabilities can be believed; none where the task has none, or no labels.
     """
 
     role: Literal["teacher", "baseline", "student", "variant"]
@@ -60,7 +83,10 @@ class ModelMetrics(_Strict):
     parameters: int
     bytes: int
     latency_ms: dict[str, float] = Field(default_factory=dict)
+    throughput: float | None = None
     agreement: float | None = None
+    divergence: float | None = None
+    calibration: Calibration | None = None
 
 
 class RunMetrics(_Strict):
@@ -78,6 +104,8 @@ class RunMetrics(_Strict):
         retention: student / teacher in the primary metric.
         retention_above_chance: (student − chance) / (teacher − chance).
         gain: student − baseline in the primary metric; none without a baseline.
+        to_teacher: student − first teacher in the primary metric; none without a teacher.
+        label_names: the classes in the order of their ids, where the task has classes.
         notes: what a reader should know: splits that were carved, steps that were left out and why.
     """
 
@@ -93,4 +121,6 @@ class RunMetrics(_Strict):
     retention: float | None = None
     retention_above_chance: float | None = None
     gain: Gain | None = None
+    to_teacher: Gain | None = None
+    label_names: list[str] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)

@@ -117,6 +117,10 @@ class Classification:
             f"labels must agree in name and order: {fix}"
         )
 
+    def show(self, table: Dataset, rows: list[int]) -> list[list[dict[str, str]]]:
+        """Return nothing of each row; tasks that know their inputs say more."""
+        return [[] for _ in rows]
+
     def base_columns(self, table: Dataset) -> dict[str, Tensor]:
         """Return ``sample_id`` and, where there are any, ``labels`` (−100 for unlabelled rows)."""
         columns = {"sample_id": torch.as_tensor(np.asarray(table["sample_id"][:]), dtype=torch.int64)}

@@ -16,6 +16,7 @@ from torch import Tensor
 from potstill.data.augment import Finish, make_views, split_step
 from potstill.data.batching import InMemory, Lazy
 from potstill.data.pictures import Geometry, Normalise, pixels, scaled
+from potstill.data.thumbnails import thumbnail
 from potstill.errors import TaskError
 from potstill.interfaces import Batch
 from potstill.models.origins import ImageProcessor
@@ -166,6 +167,11 @@ class ImageClassification(Classification):
         )
         self.learned = ImageProcessor(size=self.own.size, mean=self.own.mean, std=self.own.std)
         self._teachers = {}
+
+    def show(self, table: Dataset, rows: list[int]) -> list[list[dict[str, str]]]:
+        """Return the image of each row as it is in the data, at most 160 pixels wide and high."""
+        pictures = [thumbnail(image) for image in self._images(table, rows)]
+        return [[{"name": self.image, "kind": "image", "value": picture}] for picture in pictures]
 
     def example_inputs(self, batch_size: int) -> Batch:
         """Return standard-normal images of the student's size.

@@ -78,6 +78,15 @@ class TabularClassification(Classification):
         super().restore(settings)
         self.columns = dict(settings["columns"])
 
+    def show(self, table: Dataset, rows: list[int]) -> list[list[dict[str, str]]]:
+        """Return the columns of each row; of classes their names."""
+        chosen = {name: (table.features[name], table.select(rows)[name][:]) for name in self.columns}
+        found: list[list[dict[str, str]]] = []
+        for place in range(len(rows)):
+            values = {name: _shown(feature, cells[place]) for name, (feature, cells) in chosen.items()}
+            found.append([{"name": name, "kind": "number", "value": value} for name, value in values.items()])
+        return found
+
     def example_inputs(self, batch_size: int) -> Batch:
         """Return standard-normal rows."""
         generator = torch.Generator().manual_seed(0)
@@ -112,6 +121,12 @@ def _encode(table: Dataset, name: str, about: Mapping[str, Any]) -> NDArray[np.f
     place = {category: i for i, category in enumerate(about["categories"])}
     found = np.array([-1 if value is None else place.get(str(value), -1) for value in stored])
     return np.asarray(found[:, None] == np.arange(len(place))[None, :], dtype=np.float32)
+
+
+def _shown(feature: Any, value: Any) -> str:
+    if isinstance(feature, ClassLabel) and value is not None and value >= 0:
+        return str(feature.names[value])
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
 def _numbers(table: Dataset, name: str) -> NDArray[np.float64]:

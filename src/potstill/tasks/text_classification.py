@@ -130,6 +130,20 @@ class TextClassification(Classification):
         self.text, self.pair = str(settings["text"]), settings["pair"]
         self.max_length = settings["max_length"]
 
+    def show(self, table: Dataset, rows: list[int]) -> list[list[dict[str, str]]]:
+        """Return the texts of each row; of data that are tokenised already, the tokens as text."""
+        chosen = table.select(rows)
+        if self._is_tokenised(table):
+            texts = {
+                "text": self.tokenizers[""].tokenizer.batch_decode(chosen["input_ids"][:], skip_special_tokens=True)
+            }
+        else:
+            texts = {column: chosen[column][:] for column in self._columns}
+        parts = [
+            [{"name": name, "kind": "text", "value": str(each)} for each in column] for name, column in texts.items()
+        ]
+        return [list(row) for row in zip(*parts, strict=True)]
+
     def example_inputs(self, batch_size: int) -> Batch:
         """Return texts of ``max_length`` tokens."""
         own = self.tokenizers[""]
