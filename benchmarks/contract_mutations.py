@@ -154,7 +154,7 @@ MUTATIONS = [
         "import torch  # noqa\nimport typer\n",
     ),
     Mutation(
-        *(14, "check imports Trainer", "recipe/dry_run.py"),
+        *(14, "check imports Trainer", "runs/preflight.py"),
         "import torch\n",
         "import torch\nimport transformers.trainer  # noqa\n",
     ),

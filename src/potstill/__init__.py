@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from potstill._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from potstill.checks.run import preflight as preflight
     from potstill.distiller import DistillationConfig as DistillationConfig
     from potstill.distiller import Distiller as Distiller
     from potstill.distiller import StudentConfig as StudentConfig
@@ -43,6 +44,7 @@ _PUBLIC = {
     "Term": "potstill.losses.objective",
     "capture": "potstill.knowledge.capture",
     "load_recipe": "potstill.recipe.load",
+    "preflight": "potstill.checks.run",
 }
 
 

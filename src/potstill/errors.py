@@ -59,6 +59,18 @@ class TrainingError(PotstillError):
     """Settings of the training that would give wrong results, or cannot work."""
 
 
+class PreflightError(PotstillError):
+    """A set-up has silent faults; all of them are listed.
+
+    Args:
+        findings: every error found, each with the name of its check.
+    """
+
+    def __init__(self, findings: Sequence[object]) -> None:
+        self.findings = tuple(findings)
+        super().__init__("\n".join(str(finding) for finding in self.findings))
+
+
 class RunError(PotstillError):
     """A run folder is in use, belongs to another recipe, or is damaged."""
 

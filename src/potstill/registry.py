@@ -262,4 +262,5 @@ augmentations = Registry(
 )
 models = Registry("model", "potstill.models")
 callbacks = Registry("callback", "potstill.training.callbacks")
-_ALL = (losses, tasks, schemes, compressors, sources, augmentations, models, callbacks)
+presets = Registry("preset", "potstill.losses.presets")
+_ALL = (losses, tasks, schemes, compressors, sources, augmentations, models, callbacks, presets)

@@ -470,7 +470,7 @@ def test_own_code_that_is_not_there(mine):
     assert "the module no_such_module cannot be imported" in str(problems[0])
 
 
-@pytest.mark.parametrize("name", ["baseline", "distilled", "evaluate"])
+@pytest.mark.parametrize("name", ["baseline", "distilled", "evaluate", "preflight", "teachers", "report"])
 def test_a_teacher_cannot_take_the_name_of_a_step(name):
     """As `baseline` it would stand for the baseline, and the gain would be measured against the teacher."""
     tree = {"teachers": {name: {"model": "potstill:mlp"}}}

@@ -13,12 +13,19 @@ def check(
     allow_code: AllowCode = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validate a recipe, read its data, build its models and compute the objective once; nothing is trained."""
+    """Validate a recipe, read its data, build its models and look for silent faults; nothing is trained."""
     set_up_logging(verbose=verbose)
-    from potstill.recipe.dry_run import dry_run
+    from potstill.checks.findings import Finding, refuse
     from potstill.recipe.load import load_recipe
+    from potstill.runs.plan import Plan
+    from potstill.runs.preflight import examine
 
     loaded = load_recipe(recipe, overrides or [], allow_code=allow_code)
-    for line in dry_run(loaded, allow_code=allow_code):
-        typer.echo(line)
+    findings: list[Finding] = []
+    for found in examine(Plan(loaded, allow_code=allow_code)):
+        if isinstance(found, Finding):
+            findings.append(found)
+        if isinstance(found, str) or found.level != "error":
+            typer.echo(str(found))
+    refuse(findings)
     typer.echo("everything fits")

@@ -212,6 +212,15 @@ def check_tokens(recipe: Recipe, objective: Objective, batch: Batch) -> None:
                 )
 
 
+def with_views(task: Task, spec: TrainSpec) -> Task:
+    """Return the task with the random views of a ``train:`` section; itself where that says nothing of them."""
+    if spec.augment is None:
+        return task
+    own: Any = copy.copy(task)
+    own.augment = list(spec.augment)
+    return own  # type: ignore[no-any-return]
+
+
 def prepared(task: Task, student: Any, teachers: Mapping[str, Any] | None = None) -> Task:
     """Return a copy of a fitted task for these models; see :meth:`potstill.interfaces.Task.prepare`."""
     own = copy.copy(task)

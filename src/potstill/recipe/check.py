@@ -26,7 +26,7 @@ Path_ = tuple[str | int, ...]
 _CONTEXT = frozenset({"path", "name", "revision", "base", "splits", "seed"})
 """What a data source is given beside its ``kwargs``."""
 
-RESERVED = ("student", "baseline", "distilled", "evaluate")
+RESERVED = ("student", "preflight", "teachers", "baseline", "distilled", "evaluate", "report")
 """Names of the student and of the steps of a run, which no teacher can have."""
 
 MANAGED = {
@@ -58,8 +58,9 @@ def check_components(tree: Mapping[str, Any], *, allow_code: bool, folder: Path 
     problems += _models(tree, allow_code, folder)
     problems += _objective(tree, allow_code)
     problems += _named(tree.get("scheme"), schemes, ("scheme",), SchemeSpec, allow_code)
-    problems += check_train(_section(tree, "train"), ("train",), allow_code=allow_code)
-    return problems
+    for path in (("train",), ("baseline", "train")):
+        problems += check_train(_section(tree, *path), path, allow_code=allow_code)
+    return problems + _ignored(_list(_section(tree, "preflight").get("ignore")))
 
 
 def rooted(text: str, folder: Path | None) -> str:
@@ -93,6 +94,19 @@ def check_train(train: Mapping[str, Any], path: Path_, *, allow_code: bool) -> l
     return problems
 
 
+def _ignored(names: Sequence[Any]) -> list[Problem]:
+    """Every name under ``preflight.ignore`` that is no check."""
+    if not names:
+        return []
+    from potstill.checks.findings import checks
+
+    return [
+        Problem(("preflight", "ignore", place), f"there is no check '{name}'", did_you_mean(name, checks.names()))
+        for place, name in enumerate(names)
+        if isinstance(name, str) and name not in checks.names()
+    ]
+
+
 def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
     problems = _named(tree.get("task"), tasks, ("task",), TaskSpec, allow_code)
     data = _section(tree, "data")
@@ -102,7 +116,10 @@ def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
     name = _section(tree, "task").get("name")
     kind = tasks.facts(name).get("input") if isinstance(name, str) else None
     if kind:
-        problems += check_augmentations(_list(data.get("augment")), kind, ("data", "augment"))
+        trained: list[Path_] = [("train",), ("baseline", "train"), ("teacher", "train")]
+        trained += [("teachers", owner, "train") for owner in _section(tree, "teachers")]
+        for path in (("data",), *trained):
+            problems += check_augmentations(_list(_section(tree, *path).get("augment")), kind, (*path, "augment"))
     return problems
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from potstill.errors import Problem, RecipeError, did_you_mean
 from potstill.recipe.check import check_components, rooted
 from potstill.recipe.document import Document, read_document
+from potstill.recipe.presets import with_preset
 from potstill.recipe.problems import located, problems_of, tidy
 from potstill.recipe.schema import Recipe
 
@@ -84,8 +86,9 @@ def _rooted(recipe: Recipe, folder: Path | None) -> Recipe:
 
 
 def _validated(document: Document, allow_code: bool, folder: Path | None) -> Recipe:
-    problems = list(document.problems)
-    recipe = None
+    tree, found = with_preset(document.tree)
+    document, recipe = replace(document, tree=tree), None
+    problems = [*document.problems, *located(found, document)]
     if document.tree or not problems:
         try:
             recipe = Recipe.model_validate(document.tree)

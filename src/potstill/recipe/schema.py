@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 if TYPE_CHECKING:
     from potstill.runs.steps import Run
@@ -71,7 +71,8 @@ class TrainSpec(OpenSection):
 
     ``optimizer`` and ``scheduler`` are names of Trainer, of ``torch.optim`` or dotted, with options beside ``name``;
     ``group_by_length`` puts texts of like length into one batch, so that little is padded; ``max_norm`` bounds the
-    length of each unit's incoming weights; ``dropout`` sets every dropout layer.
+    length of each unit's incoming weights; ``dropout`` sets every dropout layer; ``augment`` is what this model sees in
+    place of ``data.augment``, nothing for an empty list.
     """
 
     epochs: Above0 = 3.0
@@ -84,6 +85,7 @@ class TrainSpec(OpenSection):
     dropout: Share | None = None
     max_norm: Above0 | None = None
     group_by_length: bool = True
+    augment: list[Component] | None = None
     callbacks: list[Component] = Field(default_factory=list)
 
 
@@ -156,9 +158,18 @@ class SchemeSpec(OpenSection):
 
 
 class BaselineSpec(Section):
-    """The same student without a teacher, on the same budget."""
+    """The same student without a teacher, on the same budget.
+
+    ``train`` is what differs from the recipe's ``train``: the settings that suit the baseline best, found with as many
+    trials as the student's.
+    """
 
     enabled: bool = True
+    train: TrainSpec | None = None
+
+    @field_serializer("train")
+    def _changes(self, train: TrainSpec | None) -> dict[str, Any] | None:
+        return None if train is None else train.model_dump(mode="json", exclude_unset=True)
 
 
 class EvaluateSpec(Section):
@@ -167,6 +178,12 @@ class EvaluateSpec(Section):
     batch_size: Positive = 256
     resamples: Annotated[int, Field(ge=100)] = 1000
     latency: bool = True
+
+
+class PreflightSpec(Section):
+    """What is looked at before the training: ``ignore`` names checks whose findings are notes and stop nothing."""
+
+    ignore: list[str] = Field(default_factory=list)
 
 
 class Recipe(Section):
@@ -187,11 +204,18 @@ class Recipe(Section):
     train: TrainSpec = TrainSpec()
     baseline: BaselineSpec = BaselineSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+    preflight: PreflightSpec = PreflightSpec()
 
     @property
     def all_teachers(self) -> dict[str, TeacherSpec]:
         """Every teacher by name; the one under ``teacher:`` is called ``teacher``."""
         return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
+
+    @property
+    def baseline_train(self) -> TrainSpec:
+        """How the baseline is trained: ``train`` with the changes of ``baseline.train``."""
+        own = self.baseline.train
+        return self.train if own is None else TrainSpec(**{**dict(self.train), **own.model_dump(exclude_unset=True)})
 
     def build(self, output: Path | str | None = None, **options: Any) -> Run:
         """Return the run of this recipe; see :class:`potstill.runs.steps.Run` for the options."""

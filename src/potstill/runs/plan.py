@@ -1,0 +1,66 @@
+"""What a recipe means, before any of it is done: data, task, processors, objective and student, each made once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from potstill.data.load import Splits
+from potstill.interfaces import Task
+from potstill.losses.objective import Objective
+from potstill.recipe import build
+from potstill.recipe.schema import Recipe
+
+
+class Plan:
+    """A recipe and the objects that it asks for; it has no folder and writes nothing.
+
+    Args:
+        recipe: what is asked.
+        allow_code: whether dotted paths outside potstill may be imported.
+        splits: the data, where they are given and not to be read.
+    """
+
+    def __init__(self, recipe: Recipe, *, allow_code: bool = True, splits: Splits | None = None) -> None:
+        self.recipe = recipe
+        self.allow_code = allow_code
+        self.given = splits
+        self._tasks: list[tuple[Any, Task]] = []
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The data, read when first asked for."""
+        return self.given or build.make_splits(self.recipe, allow_code=self.allow_code)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task, fitted to the training split."""
+        return build.fitted_task(self.recipe, self.splits)
+
+    @cached_property
+    def processors(self) -> dict[str, Any]:
+        """How each model wants its inputs, by the teacher's name or ``student``."""
+        return build.find_processors(self.recipe, self.task, allow_code=self.allow_code)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The objective of the distilled student; fresh projectors."""
+        objective = build.make_objective(self.recipe, self.task)
+        build.check_labels(objective, self.splits.train, str(self.recipe.task.options.get("label", "label")))
+        return objective
+
+    def task_of(self, name: str) -> Task:
+        """Return the task as one model sees it; the same object for models that want the same inputs."""
+        processor = self.processors[name if name in self.processors else "student"]
+        known = next((task for own, task in self._tasks if own is processor), None)
+        if known is None:
+            known = build.prepared(self.task, processor)
+            self._tasks.append((processor, known))
+        return known
+
+    def student(self) -> nn.Module:
+        """Return a fresh student; one that is cut from a fine-tuned teacher is cut from the teacher as it began."""
+        facts = self.task_of("student").facts()
+        return build.student_blueprint(self.recipe).build(facts, seed=self.recipe.seed, allow_code=self.allow_code)

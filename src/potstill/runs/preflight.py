@@ -1,0 +1,294 @@
+"""A recipe before it is trained: what it means, tried out on a few samples, and the faults found on the way."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+
+from potstill.checks.findings import Finding
+from potstill.checks.run import run_checks
+from potstill.checks.subject import Feed, Subject, rows
+from potstill.errors import ModelError, PotstillError, TrainingError, did_you_mean
+from potstill.evaluation.cost import parameters
+from potstill.interfaces import Batch, Progress, Task
+from potstill.models.origins import Built, TextProcessor
+from potstill.recipe import build
+from potstill.runs.plan import Plan
+from potstill.teachers.live import Live, Several
+from potstill.training.module import DistillationModule
+
+if TYPE_CHECKING:
+    from potstill.runs.steps import Run
+
+_KNOWING = ("teacher-above-chance", "label-map", "normalisation", "shift")
+"""Checks that ask what a teacher has learned."""
+
+_BATCH, _TRIED, _JUDGED, _ENOUGH = 32, 4, 512, 64
+
+
+def examine(run: Plan | Run) -> Iterator[str | Finding]:
+    """Yield what a recipe means, a line a thing, and then what the preflight found; nothing is trained or written.
+
+    Teachers that the recipe would train are untrained here: what asks for their knowledge is left out.
+
+    Raises:
+        PotstillError: the first thing that does not fit, with what was expected.
+    """
+    setup = _Setup(run)
+    yield from _data(run)
+    yield from _models(setup)
+    yield from _tried(setup)
+    yield from _found(setup.subject(torch.device("cpu")), run, strict=True)
+
+
+def before_training(run: Plan | Run, *, strict: bool = False) -> list[Finding]:
+    """Return what shows before anything is trained; teachers that are to be trained are not judged.
+
+    Args:
+        run: the recipe and its data.
+        strict: whether a teacher no better than chance is an error, as on the command line, or a warning.
+    """
+    setup = _Setup(run)
+    build.check_tokens(run.recipe, run.objective, setup.batch)
+    return _found(setup.subject(_device()), run, strict=strict)
+
+
+def after_teachers(run: Run, *, strict: bool = False) -> list[Finding]:
+    """Return what shows once the teachers are trained and saved: whether they know what they are to teach.
+
+    Args:
+        run: the recipe, its data and its folder, with the teachers in it.
+        strict: whether a teacher no better than chance is an error, as on the command line, or a warning.
+    """
+    taught = [name for name, spec in run.recipe.all_teachers.items() if spec.train is not None]
+    setup = _Setup(run)
+    setup.models |= {name: Built(run.load(name)) for name in taught}
+    subject = setup.subject(_device())
+    subject.teachers = {name: subject.teachers[name] for name in taught}
+    subject.trained = frozenset(taught)
+    return _found(subject, run, strict=strict, only=_KNOWING) if taught else []
+
+
+def _found(subject: Subject, run: Plan | Run, *, strict: bool, only: Sequence[str] | None = None) -> list[Finding]:
+    subject.strict = strict
+    return run_checks(subject, only=only, ignore=run.recipe.preflight.ignore)
+
+
+def _device() -> torch.device:
+    from potstill.runs.processes import process_state
+
+    device: torch.device = process_state().device
+    return device
+
+
+@dataclass
+class _Setup:
+    """The models of a run as they are before the training, and samples for them."""
+
+    run: Plan | Run
+
+    @cached_property
+    def models(self) -> dict[str, Built]:
+        """The teachers as the recipe has them, by name."""
+        return {}
+
+    def teacher(self, name: str) -> Built:
+        """Return a teacher: the one that was put here, else a fresh one."""
+        if name not in self.models:
+            run, spec = self.run, self.run.recipe.all_teachers[name]
+            facts = run.task_of(name).facts()
+            made = build.make_blueprint(spec).make(facts, seed=run.recipe.seed, allow_code=run.allow_code)
+            self.models[name] = made
+        return self.models[name]
+
+    @cached_property
+    def student(self) -> nn.Module:
+        """The student, as it begins."""
+        run = self.run
+        facts = run.task_of("student").facts()
+        return build.student_blueprint(run.recipe).build(facts, seed=run.recipe.seed, allow_code=run.allow_code)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task that makes the inputs of all models."""
+        return build.prepared_for_distillation(self.run.recipe, self.run.task, self.run.processors)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Samples of the training, from all over the split."""
+        run = self.run
+        task = build.with_views(self.task, run.recipe.train)
+        dataset = task.dataset(run.splits.train, training=True, seed=run.recipe.seed)
+        return dataset.__getitems__(_spread(len(dataset), _BATCH))
+
+    @property
+    def label(self) -> str:
+        """The column of the label."""
+        return str(self.run.recipe.task.options.get("label", "label"))
+
+    def source(self, name: str) -> Live:
+        """Return a teacher as the training asks it."""
+        recipe = self.run.recipe
+        taps = build.teacher_taps(recipe, self.run.objective, name)
+        prefix = build.teacher_prefix(recipe, name)
+        return Live(self.teacher(name).model, taps, forward=self.task.forward, prefix=prefix)
+
+    def subject(self, device: torch.device) -> Subject:
+        """Return what the checks examine, on a device."""
+        run, recipe = self.run, self.run.recipe
+        tables = _tables(run)
+        inputs = _inputs(run.task, run.splits.train)
+        text = [str(value) for value in run.splits.train[:8][inputs[0]]] if recipe.task.name.startswith("text") else []
+        return Subject(
+            self.student.to(device),
+            build.make_objective(recipe, run.task).to(device),
+            _placed(self.batch, device),
+            teachers={name: self.source(name).to(device) for name in recipe.all_teachers},
+            forward=self.task.forward,
+            judged=_placed(self._judged(), device),
+            trained=frozenset(name for name in recipe.all_teachers if self._knows(name)),
+            tables=tables,
+            label=self.label,
+            unlabelled=-1,
+            inputs=inputs,
+            label_names=run.task.label_names,
+            feeds=self._feeds(),
+            texts=text,
+        )
+
+    def _knows(self, name: str) -> bool:
+        spec = self.run.recipe.all_teachers[name]
+        return spec.train is None and not build.is_random(spec) and not self.teacher(name).fresh
+
+    def _judged(self) -> Batch:
+        train, validation = self.run.splits.train, self.run.splits.validation
+        enough = validation is not None and self.label in validation.column_names and len(validation) >= _ENOUGH
+        table = validation if validation is not None and enough else train
+        part = table.select(_spread(len(table), _JUDGED))
+        return self.task.dataset(part, training=False, seed=0).__getitems__(list(range(len(part))))
+
+    def _feeds(self) -> dict[str, Feed]:
+        """Return how the models are fed beside how they were: where the recipe has a word in it."""
+        run, recipe = self.run, self.run.recipe
+        specs = {name: spec.model_copy(update={"processor": None}) for name, spec in recipe.all_teachers.items()}
+        plain = recipe.model_copy(
+            update={
+                "teacher": specs["teacher"] if recipe.teacher is not None else None,
+                "teachers": {} if recipe.teacher is not None else specs,
+                "student": recipe.student.model_copy(update={"processor": None}),
+            }
+        )
+        try:
+            own = build.find_processors(plain, run.task, allow_code=run.allow_code)
+        except PotstillError:  # a model without a processor of its own
+            return {}
+        found = {}
+        for name, processor in run.processors.items():
+            spec = recipe.student if name == "student" else recipe.all_teachers[name]
+            seen = processor if isinstance(processor, TextProcessor) else getattr(run.task_of(name), "own", None)
+            learns = name == "student" or recipe.all_teachers[name].train is not None
+            if spec.pretrained:
+                found[name] = Feed(seen, own[name], learns=learns)
+        return found
+
+
+def _data(run: Plan | Run) -> Iterator[str]:
+    names = run.task.label_names  # what is wrong with columns and classes comes before anything is said
+    yield "data: " + ", ".join(f"{name} {len(table)}" for name, table in _tables(run).items())
+    for note in run.splits.notes:
+        yield f"data: {note}"
+    if names:
+        yield f"labels: {', '.join(names)}"
+
+
+def _models(setup: _Setup) -> Iterator[str]:
+    run, recipe = setup.run, setup.run.recipe
+    _ = run.objective, run.processors  # what is wrong with them comes before any model is built
+    yield f"student: {build.student_name(recipe)}, {parameters(setup.student):,} parameters"
+    for name, spec in recipe.all_teachers.items():
+        built = setup.teacher(name)
+        if spec.train is None and spec.labels is None:
+            setup.task.check_labels(built.labels, f"the teacher '{name}'")
+        weights = ", random weights" if build.is_random(spec) else ""
+        if built.fresh:
+            weights = f", new weights: {', '.join(built.fresh[:4])}{', …' if len(built.fresh) > 4 else ''}"
+        if weights and spec.train is None:
+            weights += "; it teaches noise, say `train:`"
+        yield f"{name}: {spec.model}, {parameters(built.model):,} parameters{weights}"
+
+
+def _tried(setup: _Setup) -> Iterator[str]:
+    """Compute every term on a few samples, and make the settings of every training."""
+    run, task = setup.run, setup.task
+    batch = rows(setup.batch, 0, _TRIED)
+    objective = build.make_objective(run.recipe, run.task)
+    build.check_tokens(run.recipe, objective, batch)
+    teachers = {name: setup.source(name) for name in run.recipe.all_teachers}
+    source = Several(teachers) if len(teachers) > 1 else next(iter(teachers.values()), None)
+    parts: dict[str, torch.Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        module = DistillationModule(setup.student, objective, forward=task.forward)
+        try:
+            signals = source(dict(batch)) if source is not None else {}
+            said = task.forward(setup.student, batch)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise ModelError(f"a model cannot take what the task gives it: {error}") from error
+        module.materialize(signals, batch)
+        for step in (999, 0):  # late too, for a ramp may begin at 0, where a term is not computed
+            parts |= module(signals, progress=Progress(step, 1000), **batch).parts
+    answers = task.answers(said["logits"].detach().numpy())
+    metrics = task.metrics(answers, batch["labels"].numpy()) if "labels" in batch else {}
+    models = {"student": setup.student, **{name: live.model.model for name, live in teachers.items()}}
+    _check_training(setup, models, ["loss", *metrics])
+    for name in filter(parts.__contains__, objective.terms):
+        yield f"objective.{name}: {float(parts[name]):.4g} on {len(batch['sample_id'])} samples"
+
+
+def _check_training(setup: _Setup, models: Mapping[str, nn.Module], metrics: Sequence[str]) -> None:
+    """Make the settings of every training, so that what cannot be shows now and not after hours."""
+    recipe, validation = setup.run.recipe, setup.run.splits.validation
+    evaluates = validation is not None and setup.label in validation.column_names
+    trained = {"student": recipe.train, **{name: spec.train for name, spec in recipe.all_teachers.items()}}
+    if recipe.baseline.enabled:
+        trained["baseline"] = recipe.baseline_train
+        models = {**models, "baseline": models["student"]}
+    for name, spec in trained.items():
+        if spec is not None:
+            build.apply_dropout(models[name], spec.dropout)
+            where = Path(tempfile.gettempdir()) / "potstill"
+            made = build.make_training(spec, folder=where, seed=0, bars=False, evaluates=evaluates, allow_code=True)
+            wanted = (made.arguments.metric_for_best_model or "loss").removeprefix("eval_")
+            if evaluates and wanted not in metrics:
+                raise TrainingError(
+                    f"{name}: no evaluation gives the metric '{wanted}'; {did_you_mean(wanted, metrics)}"
+                )
+
+
+def _tables(run: Plan | Run) -> dict[str, Dataset]:
+    splits = run.splits
+    tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return {name: table for name, table in tables.items() if table is not None}
+
+
+def _inputs(task: Any, train: Dataset) -> list[str]:
+    """Return the columns from which the models' inputs are made."""
+    named = [getattr(task, name, None) for name in ("text", "pair", "image")]
+    wanted = [name for name in named if isinstance(name, str)] + list(getattr(task, "columns", {}))
+    return [name for name in dict.fromkeys([*wanted, "input_ids"]) if name in train.column_names]
+
+
+def _spread(size: int, count: int) -> list[int]:
+    return [int(place) for place in np.unique(np.linspace(0, size - 1, count).astype(int))]
+
+
+def _placed(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device) for name, value in batch.items()}
