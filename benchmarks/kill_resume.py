@@ -3,8 +3,9 @@
     python benchmarks/kill_resume.py --kills 30 --seed 1
 
 Each trial starts the same command, sends SIGKILL to the process after a random time, starts the command again until it
-ends, and compares the weights of every model to the bit, `metrics.json` (latency apart, which is a measurement of
-time), and the events: each step is begun, finished and written once, and a finished step is never begun again.
+ends, and compares the weights of every model to the bit, `metrics.json` (latency and throughput apart, which are
+measurements of time), and the events: each step is begun, finished and written once, and a finished step is never
+begun again.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def results(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / "metrics.json").read_text())
     for model in metrics["models"].values():
         model.pop("latency_ms")
+        model.pop("throughput")
     weights = {path.parent.name: load_file(path) for path in sorted((folder / "models").glob("*/model.safetensors"))}
     return {"metrics": metrics, "weights": weights}
 

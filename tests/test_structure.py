@@ -17,7 +17,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 CORE = {"interfaces", "errors", "registry", "_version"}
 SEES_EVERYTHING = {
     "recipe/build.py",
-    "recipe/dry_run.py",
+    "runs/plan.py",
+    "runs/preflight.py",
     "runs/steps.py",
     "distiller.py",
     "__init__.py",
@@ -35,11 +36,13 @@ ALLOWED = {
     "schemes": CORE | {"teachers", "models"},
     "training": CORE | {"data", "models", "knowledge", "teachers", "losses"},
     "evaluation": CORE | {"data"},
+    "checks": CORE | {"data", "models", "knowledge", "teachers", "losses", "training", "evaluation"},
     "compression": CORE | {"models", "evaluation"},
-    "recipe": CORE | {"data", "losses", "models", "training", "runs"},  # runs: only for `Recipe.build`
+    # runs: only for `Recipe.build`; checks: only for their names
+    "recipe": CORE | {"data", "losses", "models", "training", "runs", "checks"},
     "runs": CORE | {"evaluation"},
     "experiments": CORE | {"evaluation", "runs"},
-    "report": CORE | {"evaluation", "runs"},
+    "report": CORE | {"evaluation", "runs", "experiments"},
     "recipes": set(),
 }
 
@@ -81,7 +84,8 @@ def test_training_names_no_loss() -> None:
 
 
 def test_experiments_and_report_load_no_model_code() -> None:
-    code = "import sys, potstill.experiments.seeds; print('transformers' in sys.modules, 'torch' in sys.modules)"
+    modules = "potstill.experiments.seeds, potstill.report.html, potstill.report.plots"
+    code = f"import sys, {modules}; print('transformers' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"
 

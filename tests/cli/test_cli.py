@@ -26,8 +26,19 @@ from potstill.recipe.load import load_recipe, packaged_recipes
 from potstill.runs.folder import RunFolder
 from potstill.runs.metrics import RunMetrics
 
-VERBS = ("distill", "check", "show", "evaluate", "list", "copy", "new", "cache")
-KINDS = ("recipes", "losses", "tasks", "schemes", "sources", "augmentations", "models", "callbacks", "compressors")
+VERBS = ("distill", "check", "show", "evaluate", "report", "list", "copy", "new", "cache")
+KINDS = (
+    "recipes",
+    "losses",
+    "tasks",
+    "schemes",
+    "sources",
+    "augmentations",
+    "models",
+    "callbacks",
+    "presets",
+    "compressors",
+)
 TINY = ("data.limit.train=64", "train.epochs=2", "teacher.train.epochs=2", "evaluate.resamples=100")
 ANSI = re.compile(r"\x1b\[|\r")
 
@@ -35,7 +46,7 @@ IRIS = """\
 name: flowers
 task: {name: tabular-classification}
 data: {source: sklearn, path: load_iris}
-teacher: {model: "potstill:mlp", kwargs: {hidden: [8]}, train: {epochs: 1}}
+teacher: {model: "potstill:mlp", kwargs: {hidden: [8]}, train: {epochs: 10, learning_rate: 0.02}}
 student: {model: "potstill:mlp"}
 objective: {soft: {loss: kl, weight: 0.7}, hard: {loss: cross_entropy, weight: 0.3}}
 train: {epochs: 1}
@@ -448,7 +459,7 @@ class TestDistill:
         assert "loss/soft" not in usual.err
         assert "distilled: step " in more.err
         assert "loss/soft" in more.err
-        usual_table, more_table = (said.out.split("\nrun: ")[0] for said in (usual, more))
+        usual_table, more_table = (said.out.split("\nreport: ")[0] for said in (usual, more))
         assert usual_table == more_table
 
     def test_brackets_and_colons_are_no_markup(self, potstill: Command, recipe: Path, tmp_path: Path) -> None:

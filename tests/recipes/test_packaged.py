@@ -21,12 +21,12 @@ from potstill.losses.objective import Objective
 from potstill.models.cifar_resnet import CifarResNet
 from potstill.models.load import load_model
 from potstill.recipe.build import make_term
-from potstill.recipe.dry_run import dry_run
 from potstill.recipe.load import load_recipe, packaged_recipes
 from potstill.recipe.schema import Recipe, WhoSpec
 from potstill.runs.cache import Cache
 from potstill.runs.steps import Run, open_run
 from tests import local_models
+from tests.runs.tried import dry_run
 
 FOLDER = Path(__file__).parent.parent.parent / "src/potstill/recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))

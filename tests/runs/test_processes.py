@@ -22,7 +22,7 @@ def test_two_launched_processes_do_one_run(tmp_path: Path) -> None:
     assert done.stdout.count("run: ") == 1
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     finished = [event["step"] for event in events if event["event"] == "done"]
-    assert finished == ["teacher", "baseline", "distilled", "evaluate"]
+    assert finished == ["preflight", "teacher", "teachers", "baseline", "distilled", "evaluate", "report"]
     RunMetrics.model_validate_json((tmp_path / "run/metrics.json").read_text())
     history = json.loads((tmp_path / "run/history/distilled.json").read_text())
     assert history[-1]["step"] == 2 * 4  # 400 rows, 64 a process, 2 processes: 4 steps an epoch, not 7

@@ -47,7 +47,8 @@ def test_there_and_back_through_strict_json(metrics):
 
 def test_what_is_unknown_is_null():
     plain = Gain(value=0.1, low=NAN, p=NAN).model_dump(mode="json")
-    assert plain == {"value": 0.1, "low": None, "high": None, "p": None}
+    counts = {"only_first": None, "only_second": None, "mcnemar": None}
+    assert plain == {"value": 0.1, "low": None, "high": None, "p": None, **counts}
     assert Estimate(value=1.0).model_dump() == {"value": 1.0, "low": None, "high": None}
     read = Gain.model_validate(plain)
     assert math.isnan(read.low)

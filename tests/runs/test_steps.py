@@ -27,10 +27,10 @@ from potstill.losses.divergence import kl
 from potstill.models.load import load_model, save_model
 from potstill.models.plain import Mlp
 from potstill.recipe import build
-from potstill.recipe.dry_run import dry_run
 from potstill.recipe.load import load_recipe, recipe_from
 from potstill.recipe.schema import Recipe
-from potstill.runs import folder, steps
+from potstill.report import html
+from potstill.runs import folder, judging, steps
 from potstill.runs.cache import Cache
 from potstill.runs.folder import RunFolder
 from potstill.runs.metrics import RunMetrics
@@ -38,6 +38,7 @@ from potstill.runs.steps import Run, open_run
 from potstill.training import trainer as engine
 from potstill.training.checkpoints import MARKER
 from potstill.training.trainer import DistillationTrainer
+from tests.runs.tried import dry_run
 from tests.training.tiny import flat
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,6 +63,9 @@ TREE: dict[str, Any] = {
     "train": {"epochs": 2, "batch_size": 32, "learning_rate": 0.01},
     "evaluate": {"resamples": 100, "latency": False},
 }
+
+
+STEPS = ("preflight", "teacher", "teachers", "baseline", "distilled", "evaluate", "report")
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -135,7 +139,7 @@ class TestFolder:
         wanted |= {f"models/{name}/{file}" for name in names for file in ("model.safetensors", "potstill.json")}
         wanted |= {f"history/{name}.json" for name in names}
         wanted |= {f"predictions/{name}.test.safetensors" for name in names}
-        wanted |= {f"steps/{name}.json" for name in (*names, "evaluate")}
+        wanted |= {f"steps/{name}.json" for name in STEPS} | {"preflight.json", "examples.json", "report.html"}
         assert found - {".lock"} == wanted - {".lock"}
 
     def test_the_resolved_recipe_is_a_recipe_and_the_same_one(self, finished: Run) -> None:
@@ -148,10 +152,9 @@ class TestFolder:
         assert {"potstill", "python", "platform", "processor", "cpus", "accelerators", "command"} <= set(about)
 
     def test_each_step_is_begun_and_done_once_in_order(self, finished: Run) -> None:
-        names = ("teacher", "baseline", "distilled", "evaluate")
-        wanted = [(kind, name) for name in names for kind in ("begin", "done")]
+        wanted = [(kind, name) for name in STEPS for kind in ("begin", "done")]
         assert events(finished, "begin", "done") == wanted
-        assert events(finished, "training") == [("training", name) for name in names[:3]]
+        assert events(finished, "training") == [("training", name) for name in ("teacher", "baseline", "distilled")]
 
     def test_the_metrics_follow_the_schema(self, finished: Run) -> None:
         metrics = RunMetrics.model_validate_json((finished.folder / "metrics.json").read_text())
@@ -375,10 +378,46 @@ class TestBaseline:
         assert torch.equal(weights(run, "baseline"), weights(finished, "baseline"))
         assert not torch.equal(weights(finished, "distilled"), weights(finished, "baseline"))
 
+    def test_settings_of_its_own_change_it_alone_and_are_told(
+        self, finished: Run, tmp_path: Path, shared_cache: Cache
+    ) -> None:
+        run = execute(recipe(baseline={"train": {"epochs": 1}}), tmp_path / "x", shared_cache)
+        assert torch.equal(weights(run, "distilled"), weights(finished, "distilled"))
+        assert not torch.equal(weights(run, "baseline"), weights(finished, "baseline"))
+        alone = execute(recipe(train__epochs=1), tmp_path / "y", shared_cache)
+        assert torch.equal(weights(run, "baseline"), weights(alone, "baseline"))
+        note = "the baseline is trained by settings of its own: epochs 1.0 (the student: 2.0)"
+        assert note in run.metrics().notes
+        assert not any("settings of its own" in note for note in alone.metrics().notes)
+
+    def test_the_resolved_recipe_holds_only_its_changes(self) -> None:
+        made = recipe(baseline={"train": {"epochs": 1}}, train__max_grad_norm=0.0)
+        assert made.model_dump(mode="json")["baseline"] == {"enabled": True, "train": {"epochs": 1.0}}
+        assert recipe_from(made.model_dump(mode="json")) == made
+        assert made.baseline_train == made.train.model_copy(update={"epochs": 1.0})
+
     def test_no_teacher_at_all(self, tmp_path: Path) -> None:
         run = execute(recipe(teacher=None, objective={"hard": {"loss": "cross_entropy"}}), tmp_path / "x")
         assert set(run.metrics().models) == {"baseline", "distilled"}
         assert run.metrics().retention is None
+
+
+class TestViews:
+    """``augment`` of a ``train:`` section: what one model sees in place of ``data.augment``."""
+
+    def test_each_model_has_its_own(self, finished: Run, tmp_path: Path, shared_cache: Cache) -> None:
+        noise = [{"noise": {"std": 0.5}}]
+        run = execute(recipe(teacher__train__augment=noise), tmp_path / "x", shared_cache)
+        assert not torch.equal(weights(run, "teacher"), weights(finished, "teacher"))
+        assert torch.equal(weights(run, "baseline"), weights(finished, "baseline"))
+
+    def test_none_in_place_of_those_of_the_data(self, finished: Run, tmp_path: Path, shared_cache: Cache) -> None:
+        changes = {"data__augment": [{"noise": {"std": 0.5}}], "train__augment": []}
+        run = execute(recipe(**changes), tmp_path / "x", shared_cache)
+        assert torch.equal(weights(run, "baseline"), weights(finished, "baseline"))
+        own = execute(recipe(**changes, baseline={"train": {"augment": ["noise"]}}), tmp_path / "y", shared_cache)
+        assert not torch.equal(weights(own, "baseline"), weights(finished, "baseline"))
+        assert torch.equal(weights(own, "distilled"), weights(run, "distilled"))
 
 
 class TestCache:
@@ -581,16 +620,20 @@ POINTS = {
     "between the teacher's last checkpoint and its model": at(Run, "_save"),
     "while the teacher's folder is written": at(steps, "save_model", after=True),
     "while the teacher is put into the cache": at(Cache, "store"),
-    "between the teacher's model and its marker": at(RunFolder, "mark_done"),
-    "between the teacher's marker and its clean-up": at(RunFolder, "clear"),
+    "between the preflight and its marker": at(RunFolder, "mark_done"),
+    "between the teacher's model and its marker": at(RunFolder, "mark_done", turn=2),
+    "between the teacher's marker and its clean-up": at(RunFolder, "clear", turn=2),
     "in the middle of the baseline's training": at(DistillationTrainer, "training_step", turn=10),
     "in the middle of the distilled student's training": at(DistillationTrainer, "training_step", turn=16),
     "between the last step and the distilled student's model": at(Run, "_save", turn=3),
     "while the distilled student's folder is written": at(steps, "save_model", turn=3),
-    "before any model has answered": at(steps, "predict"),
+    "before any model has answered": at(judging, "predict"),
+    "before the figures are written": at(judging, "examples"),
+    "while the report is written": at(html, "write_text"),
     "while predictions are written": at(Predictions, "save", turn=2),
     "between the predictions and the metrics": at(Predictions, "save", turn=3, after=True),
-    "between the metrics and the last marker": at(RunFolder, "mark_done", turn=4),
+    "between the metrics and their marker": at(RunFolder, "mark_done", turn=6),
+    "between the report and the last marker": at(RunFolder, "mark_done", turn=7),
 }
 
 

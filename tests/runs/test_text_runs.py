@@ -16,13 +16,13 @@ from transformers import TrainerCallback
 from potstill.errors import ModelError, ObjectiveError, TaskError
 from potstill.models.load import load_model
 from potstill.models.student import cut
-from potstill.recipe.dry_run import dry_run
 from potstill.recipe.load import recipe_from
 from potstill.recipe.schema import Recipe
 from potstill.runs.cache import Cache
 from potstill.runs.steps import Run
 from tests import local_models
 from tests.local_models import SENTENCES
+from tests.runs.tried import dry_run
 from tests.training.tiny import flat
 
 NAMES = ["negative", "positive"]

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from potstill.cli import cache, check, copy, distill, evaluate, new, show
+from potstill.cli import cache, check, copy, distill, evaluate, new, report, show
 from potstill.cli import list as list_
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("distill")(distill.distill)
 app.command("check")(check.check)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
 app.command("list")(list_.list_)
 app.command("copy")(copy.copy)
 app.command("new")(new.new)

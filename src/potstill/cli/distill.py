@@ -35,6 +35,7 @@ def distill(
     from potstill.cli.output import print_run, print_seeds
     from potstill.experiments.seeds import run_seeds, seed_overrides
     from potstill.recipe.load import load_recipe
+    from potstill.report.html import write_report
     from potstill.runs.steps import Run
 
     changes = list(overrides or [])
@@ -43,11 +44,11 @@ def distill(
 
     def one(seed: int, folder: str) -> None:
         varied = load_recipe(recipe, [*changes, *seed_overrides(seed)], allow_code=allow_code)
-        Run(varied, folder, allow_code=allow_code, bars=bars).execute()
+        Run(varied, folder, allow_code=allow_code, bars=bars, strict=True).execute()
 
     try:
         if seeds == 1:
-            run = Run(loaded, output, allow_code=allow_code, bars=bars)
+            run = Run(loaded, output, allow_code=allow_code, bars=bars, strict=True)
             metrics = run.execute()
             if is_first_process():
                 print_run(metrics, run.folder.path)
@@ -55,6 +56,7 @@ def distill(
             tree = loaded.model_dump(mode="json")
             summary, folder = run_seeds(loaded.name, loaded.seed, seeds, output, one, tree)
             if is_first_process():
+                write_report(folder)
                 print_seeds(summary, folder)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on where it was", err=True)

@@ -23,12 +23,21 @@ def print_run(metrics: RunMetrics, folder: Path) -> None:
         _estimate_rows(table, metric, [model.metrics[metric] for model in models])
     if any(model.agreement is not None for model in models):
         table.add_row("answers as teacher", *("" if m.agreement is None else f"{m.agreement:.4f}" for m in models))
+    if any(model.divergence is not None for model in models):
+        apart = ("" if m.divergence is None else f"{m.divergence:.4f}" for m in models)
+        table.add_row("KL from the teacher, nats", *apart)
+    if any(model.calibration is not None for model in models):
+        errors = ("" if m.calibration is None else f"{m.calibration.ece.value:.4f}" for m in models)
+        table.add_row("calibration error (ECE)", *errors)
     table.add_row("parameters", *(f"{model.parameters:,}" for model in models))
     table.add_row("size on disk, KiB", *(f"{model.bytes / 1024:,.1f}" for model in models))
     for size in next(iter(models)).latency_ms:
         table.add_row(f"latency, batch {size}, ms", *(f"{model.latency_ms[size]:.2f}" for model in models))
+    if any(model.throughput is not None for model in models):
+        rates = ("" if m.throughput is None else f"{m.throughput:,.0f}" for m in models)
+        table.add_row("throughput, samples/s", *rates)
     console.print(table)
-    for line in [*_verdict(metrics), f"run: {folder}"]:
+    for line in [*_verdict(metrics), *_places("run", folder)]:
         console.print(line, soft_wrap=True)
 
 
@@ -48,7 +57,13 @@ def print_seeds(summary: SeedSummary, folder: Path) -> None:
             f"[{100 * low:+.2f}, {100 * high:+.2f}] over seeds: the distilled student is {verdict} its baseline",
             soft_wrap=True,
         )
-    console.print(f"runs: {folder}", soft_wrap=True)
+    for line in _places("runs", folder):
+        console.print(line, soft_wrap=True)
+
+
+def _places(what: str, folder: Path) -> list[str]:
+    report = folder / "report.html"
+    return [*([f"report: {report}"] if report.is_file() else []), f"{what}: {folder}"]
 
 
 def _verdict(metrics: RunMetrics) -> list[str]:
@@ -63,7 +78,7 @@ def _verdict(metrics: RunMetrics) -> list[str]:
         gain = metrics.gain
         lines.append(
             f"distilled − baseline: {100 * gain.value:+.2f} points [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}], "
-            f"p = {gain.p:.3f} (paired, over these samples; run --seeds 5 for the spread over seeds)"
+            f"p = {gain.p:.3f} (paired; it covers the sampling of the test set, --seeds 5 shows the spread over seeds)"
         )
     return lines + [f"note: {note}" for note in metrics.notes]
 

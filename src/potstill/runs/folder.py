@@ -86,6 +86,11 @@ class RunFolder:
         write_json(self / "environment.json", environment())
         write_text(path, to_yaml(recipe))  # last: it is what makes the folder claimed
 
+    def disclaim(self) -> None:
+        """Take back :meth:`claim`, so that a changed recipe can have the folder; nothing where a step is done."""
+        if not any((self / "steps").glob("*.json")):
+            (self / "recipe.resolved.yaml").unlink(missing_ok=True)
+
     def event(self, event: str, **about: Any) -> None:
         """Append one line to ``events.jsonl``; a line that a kill cut off before it is closed first."""
         line = json.dumps({"time": _now(), "event": event, **about}, ensure_ascii=False) + "\n"

@@ -6,11 +6,13 @@ at any point goes on with the same command and comes to the same result.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,10 @@ from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
 from potstill._version import __version__
+from potstill.checks.findings import Finding, checks, refuse
 from potstill.data.load import Splits
-from potstill.errors import RunError, TrainingError, did_you_mean
-from potstill.evaluation.cost import bytes_on_disk, latencies, parameters
-from potstill.evaluation.fidelity import agreement, retention, retention_above_chance
-from potstill.evaluation.metrics import compare, estimate
-from potstill.evaluation.predict import Predictions, predict
-from potstill.interfaces import Progress, Task, TeacherSource
+from potstill.errors import PotstillError, RunError, TrainingError, did_you_mean
+from potstill.interfaces import Progress, TeacherSource
 from potstill.losses.objective import Objective
 from potstill.models.load import Blueprint, load_model, save_model
 from potstill.models.origins import Built
@@ -39,7 +38,10 @@ from potstill.recipe.schema import Recipe, TeacherSpec, TrainSpec
 from potstill.registry import schemes
 from potstill.runs.cache import Cache, content_hash, table_hash
 from potstill.runs.folder import RunFolder, write_json
-from potstill.runs.metrics import Estimate, Gain, ModelMetrics, RunMetrics
+from potstill.runs.judging import Judgement
+from potstill.runs.metrics import RunMetrics
+from potstill.runs.plan import Plan
+from potstill.runs.preflight import after_teachers, before_training
 from potstill.runs.processes import process_state
 from potstill.teachers.live import Live
 from potstill.training.callbacks import FollowScheme, LogLines
@@ -48,8 +50,11 @@ from potstill.training.trainer import DistillationTrainer, ready_batch
 
 logger = logging.getLogger("potstill")
 
+_ONCE = ("evaluate", "report")
+"""Steps that one process does for all."""
 
-class Run:
+
+class Run(Plan):
     """A recipe and its folder.
 
     Args:
@@ -59,6 +64,7 @@ class Run:
         bars: whether to show progress bars; where standard error is a terminal if omitted.
         cache: where trained teachers are shared; the user's if omitted.
         splits: the data, where they are given and not to be read.
+        strict: whether a teacher that is no better than chance is refused; else there is a warning.
     """
 
     def __init__(
@@ -70,22 +76,22 @@ class Run:
         bars: bool | None = None,
         cache: Cache | None = None,
         splits: Splits | None = None,
+        strict: bool = False,
     ) -> None:
-        self.recipe = recipe
+        super().__init__(recipe, allow_code=allow_code, splits=splits)
         self.tree = recipe.model_dump(mode="json")
         self.folder = RunFolder(Path(output) if output else default_output(recipe))
-        self.allow_code = allow_code
         self.bars = sys.stderr.isatty() if bars is None else bars
         self.cache = cache or Cache()
-        self.given = splits
+        self.strict = strict
         self.notes: list[str] = []
-        self._tasks: list[tuple[Any, Task]] = []
 
     def execute(self) -> RunMetrics:
         """Do every step that is not done yet and return the metrics.
 
         Raises:
             RunError: the folder is in use or belongs to another recipe.
+            PreflightError: the set-up has a fault that would make the training wrong.
             PotstillError: the recipe asks for what cannot be.
         """
         state = process_state()
@@ -102,16 +108,20 @@ class Run:
                 for left in (self.folder / "models").glob("*.tmp"):  # by a process that was killed
                     shutil.rmtree(left)
             state.wait_for_everyone()
-            if self.folder.is_done("evaluate"):
+            if self.folder.is_done("report"):
                 return self.metrics()
+            self._step("preflight", self._preflight)
             for name, spec in self.recipe.all_teachers.items():
                 if build.is_random(spec):
                     self._note(f"the teacher '{name}' is neither trained nor given weights: it teaches noise")
                 self._step(name, partial(self._teach, name))
+            if self.recipe.all_teachers:
+                self._step("teachers", self._check_teachers)
             if self._has_baseline:
                 self._step("baseline", self._baseline)
             self._step("distilled", self._distill)
             self._step("evaluate", self._evaluate)
+            self._step("report", self._report)
             state.wait_for_everyone()
         return self.metrics()
 
@@ -126,35 +136,7 @@ class Run:
         """The data, read when first asked for."""
         if not self.bars:
             datasets.disable_progress_bars()
-        if self.given is not None:
-            return self.given
-        return build.make_splits(self.recipe, allow_code=self.allow_code)
-
-    @cached_property
-    def task(self) -> Task:
-        """The task, fitted to the training split."""
-        return build.fitted_task(self.recipe, self.splits)
-
-    @cached_property
-    def processors(self) -> dict[str, Any]:
-        """How each model wants its inputs, by the teacher's name or ``student``."""
-        return build.find_processors(self.recipe, self.task, allow_code=self.allow_code)
-
-    def task_of(self, name: str) -> Task:
-        """Return the task as one model sees it; the same object for models that want the same inputs."""
-        processor = self.processors[name if name in self.processors else "student"]
-        known = next((task for own, task in self._tasks if own is processor), None)
-        if known is None:
-            known = build.prepared(self.task, processor)
-            self._tasks.append((processor, known))
-        return known
-
-    @cached_property
-    def objective(self) -> Objective:
-        """The objective of the distilled student; fresh projectors."""
-        objective = build.make_objective(self.recipe, self.task)
-        build.check_labels(objective, self.splits.train, self._label)
-        return objective
+        return super().splits
 
     @property
     def _label(self) -> str:
@@ -165,6 +147,9 @@ class Run:
         if self.recipe.baseline.enabled and self._label not in self.splits.train.column_names:
             self._note("no baseline: the training split has no labels to train one on")
             return False
+        changes = _changes(self.recipe.train, self.recipe.baseline_train)
+        if self.recipe.baseline.enabled and changes:
+            self._note(f"the baseline is trained by settings of its own: {changes}")
         return self.recipe.baseline.enabled
 
     def _seed(self, name: str) -> int:
@@ -193,6 +178,37 @@ class Run:
         return load_model(self.model_folder(name), allow_code=self.allow_code)[0]
 
     # ---- the steps -------------------------------------------------------------------------------------------------
+
+    def _preflight(self) -> None:
+        """Look for faults before anything is trained; a folder in which nothing is done yet is given back."""
+        logger.info("preflight: %d checks", len(checks.names()))
+        try:
+            self._examined("preflight", before_training(self, strict=self.strict))
+        except PotstillError:
+            if process_state().is_main_process:
+                self.folder.disclaim()
+            raise
+
+    def _check_teachers(self) -> None:
+        """Look for faults that only a trained teacher shows."""
+        self._examined("teachers", after_teachers(self, strict=self.strict))
+
+    def _examined(self, step: str, findings: Sequence[Finding]) -> None:
+        """Refuse errors; keep the rest in ``preflight.json``."""
+        refuse(findings)
+        if process_state().is_main_process:
+            found = [asdict(finding) for finding in findings]
+            write_json(self.folder / "preflight.json", {**self._findings(), step: found})
+
+    def _findings(self) -> dict[str, list[dict[str, Any]]]:
+        path = self.folder / "preflight.json"
+        found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
+
+    def _warnings(self) -> list[str]:
+        """Return what the preflight warned of, whenever that was."""
+        found = [Finding(**each) for step in self._findings().values() for each in step]
+        return [str(finding) for finding in found if finding.level == "warning"]
 
     def _teach(self, name: str) -> None:
         """Train a teacher that is to be trained, or take it from the cache; save it."""
@@ -238,7 +254,7 @@ class Run:
     def _baseline(self) -> None:
         """Train the student without a teacher."""
         model = self.student()
-        self._train("baseline", model, self.recipe.train, self.objective.hard_only())
+        self._train("baseline", model, self.recipe.baseline_train, self.objective.hard_only())
         self._save("baseline", model, self._student)
 
     def _distill(self) -> None:
@@ -269,89 +285,25 @@ class Run:
             raise RunError(f"there is no split '{split}'; {did_you_mean(split, tables)}")
         if (self.folder / "metrics.json").is_file():
             self.notes = [note for note in self.metrics().notes if note not in self.splits.notes]
-        return self._judge(tables[split], split)[0]
+        return Judgement(self, tables[split], split).metrics()
 
     def _evaluate(self) -> None:
-        """Judge every model on the test split, which is read once, and write ``metrics.json``."""
-        metrics, answers = self._judge(self.splits.test, "test")
-        for name, predictions in answers.items():
+        """Judge every model on the test split, which is read once; write figures, answers and examples."""
+        self.notes += [warning for warning in self._warnings() if warning not in self.notes]
+        judgement = Judgement(self, self.splits.test, "test")
+        metrics = judgement.metrics()
+        for name, predictions in judgement.answers.items():
             path = self.folder / f"predictions/{name}.test.safetensors"
             path.parent.mkdir(exist_ok=True)
             predictions.save(path)
+        write_json(self.folder / "examples.json", {"split": "test", "examples": judgement.examples()})
         write_json(self.folder / "metrics.json", metrics.model_dump(mode="json"))
 
-    def _judge(self, table: Any, split: str) -> tuple[RunMetrics, dict[str, Predictions]]:
-        roles: dict[str, str] = dict.fromkeys(self.recipe.all_teachers, "teacher")
-        if self.folder.is_done("baseline"):
-            roles["baseline"] = "baseline"
-        roles["distilled"] = "student"
-        models = {name: self.load(name) for name in roles}
-        answers = self._predictions(models, table)
-        timed: dict[str, dict[str, float]] = {name: {} for name in models}
-        if self.recipe.evaluate.latency:
-            tasks = {name: self.task_of(name) for name in models}
-            timed = latencies(models, tasks, device=process_state().device)
-        first = next(iter(self.recipe.all_teachers), None)
-        found = {}
-        for name, role in roles.items():
-            own = self.task.answers(answers[name].logits)
-            taught = None if first is None or first == name else self.task.answers(answers[first].logits)
-            found[name] = ModelMetrics.model_validate(
-                {
-                    "role": role,
-                    "metrics": self._estimates(answers[name]),
-                    "parameters": parameters(models[name]),
-                    "bytes": bytes_on_disk(self.model_folder(name)),
-                    "latency_ms": timed[name],
-                    "agreement": None if taught is None else agreement(own, taught),
-                }
-            )
-        return self._summary(found, answers, first, split), answers
+    def _report(self) -> None:
+        """Write what a person reads, ``report.html``."""
+        from potstill.report.html import write_report
 
-    def _predictions(self, models: Mapping[str, nn.Module], table: Any) -> dict[str, Predictions]:
-        made: dict[int, Any] = {}
-        found = {}
-        for name, model in models.items():
-            task = self.task_of(name)
-            dataset = made.setdefault(id(task), None) or task.dataset(table, training=False, seed=self.recipe.seed)
-            made[id(task)] = dataset
-            logger.info("%s: answering %d samples", name, len(dataset))
-            size = self.recipe.evaluate.batch_size
-            bar = name if self.bars else None
-            found[name] = predict(model, self.task, dataset, batch_size=size, device=process_state().device, bar=bar)
-        return found
-
-    def _estimates(self, predictions: Predictions) -> dict[str, Estimate]:
-        found = estimate(self.task, predictions, resamples=self.recipe.evaluate.resamples)
-        return {name: Estimate(value=value, low=low, high=high) for name, (value, low, high) in found.items()}
-
-    def _summary(
-        self, models: dict[str, ModelMetrics], answers: dict[str, Predictions], first: str | None, split: str
-    ) -> RunMetrics:
-        primary = self.task.primary
-        labels = answers["distilled"].labels
-        gain = None
-        if "baseline" in models:
-            resamples = self.recipe.evaluate.resamples
-            compared = compare(self.task, answers["distilled"], answers["baseline"], resamples=resamples)
-            gain = None if compared is None else Gain.model_validate(compared)
-        summary = RunMetrics(
-            recipe=self.recipe.name,
-            seed=self.recipe.seed,
-            primary=primary,
-            split=split,
-            samples=len(answers["distilled"].logits),
-            device=process_state().device.type,
-            chance=None if labels is None else self.task.chance(labels),
-            models=models,
-            gain=gain,
-            notes=[*self.splits.notes, *self.notes],
-        )
-        if first is not None and primary in models["distilled"].metrics:
-            student, teacher = (models[name].metrics[primary].value for name in ("distilled", first))
-            summary.retention = retention(student, teacher)
-            summary.retention_above_chance = retention_above_chance(student, teacher, summary.chance or 0.0)
-        return summary
+        logger.info("report: %s", write_report(self.folder.path))
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -380,7 +332,7 @@ class Run:
         task = self.task_of(name)
         if teacher is not None:
             task = build.prepared_for_distillation(self.recipe, self.task, self.processors)
-        train = task.dataset(self.splits.train, training=True, seed=self._seed(name))
+        train = build.with_views(task, spec).dataset(self.splits.train, training=True, seed=self._seed(name))
         build.check_tokens(self.recipe, objective, train.__getitems__([0]))
         trainer = DistillationTrainer(
             model=model,
@@ -450,7 +402,7 @@ class Run:
                 self.folder.clear(f"checkpoints/{name}")  # of a run that was killed before it could
             return
         self._event("begin", step=name)
-        if name != "evaluate" or state.is_main_process:
+        if name not in _ONCE or state.is_main_process:
             work()
         state.wait_for_everyone()
         if state.is_main_process:
@@ -467,6 +419,13 @@ class Run:
         if text not in self.notes:
             self.notes.append(text)
             logger.warning(text)
+
+
+def _changes(usual: TrainSpec, own: TrainSpec) -> str:
+    """Return what differs between two ``train:`` sections, as ``epochs 20 (the student: 60)``."""
+    first, second = (spec.model_dump(mode="json") for spec in (usual, own))
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    return ", ".join(f"{key} {second.get(key)} (the student: {first.get(key)})" for key in keys)
 
 
 def open_run(folder: Path, *, allow_code: bool = True, bars: bool | None = None) -> Run:
