@@ -54,6 +54,7 @@ bench: setup  ## Measure the figures of the README and of the notes
 	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/gradients.py
 	$(BIN)/python benchmarks/contract_mutations.py
+	$(BIN)/python benchmarks/planted_faults.py
 	$(BIN)/python benchmarks/kill_resume.py
 	$(BIN)/potstill distill digits --seeds 5 --quiet
 	$(BIN)/potstill distill synthetic-tabular --seeds 10 --quiet
