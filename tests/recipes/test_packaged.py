@@ -30,7 +30,7 @@ from tests.runs.tried import dry_run
 
 FOLDER = Path(__file__).parent.parent.parent / "src/potstill/recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
-NEVER_SKIPPED = ("digits", "mnist-small", "synthetic-tabular")
+NEVER_SKIPPED = ("digits", "mnist-small", "mnist-hinton", "mnist-hinton-shifted", "synthetic-tabular")
 SHORT = ("evaluate.resamples=100", "evaluate.latency=false", "train.max_steps=2", "train.dataloader_num_workers=0")
 
 
