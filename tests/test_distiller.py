@@ -93,6 +93,7 @@ def test_the_quick_start_works_as_written(bert: str, distilbert: str, caplog: py
 
 def test_its_student_answers_alike_in_a_pipeline(bert: str, distilbert: str) -> None:
     done = distiller(bert, distilbert, label_names=["bad", "good"]).distill(table(), table(), args=QUICK)
+    assert "<html" in done.report.read_text(encoding="utf-8")
     pipeline = transformers.pipeline("text-classification", model=str(done.student_folder))
     answers = pipeline([text for text, _ in SENTENCES])
     found = Predictions.load(done.folder / "predictions/distilled.test.safetensors").logits[: len(SENTENCES)]

@@ -214,6 +214,11 @@ class Distillation:
         """The student's folder, as ``from_pretrained`` and ``transformers.pipeline`` read it."""
         return self.run.model_folder("distilled")
 
+    @property
+    def report(self) -> Path:
+        """What a person reads: one HTML file, see :mod:`potstill.report`."""
+        return self.run.folder / "report.html"
+
 
 class Distiller:
     """Distils a teacher into a student.

@@ -78,6 +78,27 @@ class TestTeachers:
         assert found(subject(**few), "teacher-above-chance") == []
         assert found(subject(judged=batch(400, 3)), "teacher-above-chance") == []
 
+    def test_one_that_knows_a_rare_class_is_no_guess(self) -> None:
+        """With four of five rows in one class, always guessing it is hard to beat in accuracy alone."""
+        draw = np.random.default_rng(0)
+        labels = torch.tensor((draw.random(4000) < 0.2).astype(int))
+        alarm = torch.tensor(draw.random(4000)) < torch.where(labels == 1, 0.9, 0.25)
+        judged = {**batch(4000, 3), "labels": labels}
+        judged["features"] = torch.stack([(~alarm).float(), alarm.float(), *[-torch.ones(4000)] * 2], 1)
+
+        def first(given: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"logits": given["features"][:, :CLASSES]}
+
+        def constant(given: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"logits": torch.eye(CLASSES)[torch.zeros(len(given["features"]), dtype=torch.int64)]}
+
+        trained = frozenset(["teacher"])
+        accuracy = float((alarm.long() == labels).float().mean())
+        assert accuracy < float((labels == 0).float().mean())
+        asked = {"judged": judged, "trained": trained}
+        assert found(subject(teachers={"teacher": first}, **asked), "teacher-above-chance") == []
+        assert the(subject(teachers={"teacher": constant}, **asked), "teacher-above-chance").level == "warning"
+
     def test_other_numbers_of_classes(self) -> None:
         examined = subject(label_names=["a", "b", "c", "d", "e"])
         assert [each.check for each in found(examined, "label-map")] == ["label-map"] * 2

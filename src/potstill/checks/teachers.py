@@ -23,6 +23,9 @@ _ALIKE = 1e-3
 _ALONE = 0.05
 """The same for samples asked in another batch: other kernels, quantised activations."""
 
+_MARGIN = 0.1
+"""Share of the way from guessing to always right that a teacher has to be above."""
+
 
 @checks.register("teacher-mode")
 def teacher_mode(subject: Subject) -> Iterator[Finding]:
@@ -73,7 +76,7 @@ def above_chance(subject: Subject) -> Iterator[Finding]:
         chance = np.unique(labels, return_counts=True)[1].max() / len(labels)
         found = binomtest(int(right.sum()), len(right), chance, alternative="greater")
         high = binomtest(int(right.sum()), len(right), chance, alternative="less").proportion_ci(0.95).high
-        if found.pvalue > 0.05 and high < chance + 0.1 * (1 - chance):
+        if found.pvalue > 0.05 and high < chance + _MARGIN * (1 - chance) and not _tells_classes_apart(right, labels):
             yield Finding(
                 "teacher-above-chance",
                 "error" if subject.strict else "warning",
@@ -81,6 +84,15 @@ def above_chance(subject: Subject) -> Iterator[Finding]:
                 f"{right.mean():.3f} against {chance:.3f} on {len(labels)} samples",
                 "train it (`train:`), give its weights, or see whether its inputs are those that it was trained on",
             )
+
+
+def _tells_classes_apart(right: NDArray[np.bool_], labels: NDArray[np.int64]) -> bool:
+    """Return whether the mean recall is well above one over the classes: of rare classes accuracy says little."""
+    each = [right[labels == one] for one in np.unique(labels)]
+    recalls = np.array([hits.mean() for hits in each])
+    spread = np.sqrt(sum(recall * (1 - recall) / len(hits) for recall, hits in zip(recalls, each, strict=True)))
+    least = recalls.mean() - 1.645 * spread / len(each)
+    return len(each) > 1 and bool(least > 1 / len(each) + _MARGIN * (1 - 1 / len(each)))
 
 
 @checks.register("label-map")
