@@ -51,10 +51,10 @@ TRIALS = {
     "alone-lr1e-3-e20": alone(1e-3, 20),
     "alone-lr1e-3-e40": alone(1e-3, 40),
     "alone-lr3e-3-e20": alone(3e-3, 20),
+    "shifted-distilled-T4-w1-lr1e-3-e40": [*SHIFTED, *taught(4, 1, 1e-3, 40)],
     "shifted-distilled-T20-w10-lr1e-3-e40": [*SHIFTED, *taught(20, 10, 1e-3, 40)],
-    "shifted-distilled-T20-w10-lr1e-3-e100": [*SHIFTED, *taught(20, 10, 1e-3, 100)],
     "shifted-alone-lr1e-3-e40": [*SHIFTED, *alone(1e-3, 40)],
-    "shifted-alone-lr1e-3-e100": [*SHIFTED, *alone(1e-3, 100)],
+    "shifted-alone-lr3e-3-e40": [*SHIFTED, *alone(3e-3, 40)],
 }
 """By arm: the student sees the images as they are, or (``shifted``) moved by at most two pixels."""
 

@@ -74,7 +74,7 @@ def test_the_median_in_milliseconds_without_the_warm_up():
 def test_the_budget_ends_the_rounds_but_leaves_enough_to_judge():
     calls: list = []
     found = speeds({"a": Recorder("a", calls, seconds=0.01)}, {"a": Task()}, rounds=1000, budget_s=0.02)
-    assert [call[1] for call in calls] == [1] * 5 + [32] * 5 + [128] * 5
+    assert [call[1] for call in calls] == [1] * 5 + [32] * 5  # four times as many would take too long
     assert found["a"].latency_ms["1"] >= 10
 
 

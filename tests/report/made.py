@@ -81,7 +81,8 @@ def run(
     logits: bool = True,
 ) -> Path:
     """Write the folder of a finished run and return it."""
-    found = metrics() if found is None else found
+    names = {} if classes == 3 else {"label_names": [f"class {place}" for place in range(classes)]}
+    found = metrics(**names) if found is None else found
     for name in ("history", "predictions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "recipe.resolved.yaml").write_text(recipe, encoding="utf-8")

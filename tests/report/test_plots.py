@@ -86,6 +86,11 @@ class TestClassChanges:
         assert (len(found.names), found.split) == (20, 10)
         assert found.names[0].startswith("class ")
 
+    def test_answers_over_other_things_than_the_classes_are_left_out(self, tmp_path: Path) -> None:
+        """The thresholds of an ordinal task, or a number: whose column is largest says nothing."""
+        assert series.judged(load_run(made.run(tmp_path / "two", made.metrics(), classes=2))) == {}
+        assert set(series.judged(load_run(made.run(tmp_path / "three")))) == {"teacher", "baseline", "distilled"}
+
     def test_without_a_teacher_the_baseline_is_the_reference(self, tmp_path: Path) -> None:
         models = {name: made.model(role) for name, role in made.ROLES.items() if name != "teacher"}
         assert series.classes(load_run(made.run(tmp_path, made.metrics(models=models)))).reference == "baseline"

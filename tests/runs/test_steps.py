@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from potstill.data.load import Splits
-from potstill.errors import DataError, ObjectiveError, RunError, TaskError, TrainingError
+from potstill.errors import DataError, ObjectiveError, PreflightError, RunError, TaskError, TrainingError
 from potstill.evaluation.predict import Predictions, predict
 from potstill.losses.divergence import kl
 from potstill.models.load import load_model, save_model
@@ -63,6 +63,26 @@ TREE: dict[str, Any] = {
     "train": {"epochs": 2, "batch_size": 32, "learning_rate": 0.01},
     "evaluate": {"resamples": 100, "latency": False},
 }
+
+
+def guess(in_features: int, num_labels: int) -> torch.nn.Module:
+    """A network that always says the first class."""
+    made = torch.nn.Sequential(torch.nn.Linear(in_features, num_labels))
+    with torch.no_grad():
+        made[0].weight.mul_(1e-6)
+        made[0].bias.copy_(torch.arange(num_labels) == 0)
+    return made
+
+
+def seven() -> torch.nn.Module:
+    """A network with seven outputs."""
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 7))
+
+
+def overflowing(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """A KL divergence of somebody's own."""
+    p, q = torch.softmax(teacher, -1), torch.softmax(student, -1)
+    return (p * (p / q).log()).sum(-1)
 
 
 STEPS = ("preflight", "teacher", "teachers", "baseline", "distilled", "evaluate", "report")
@@ -402,6 +422,36 @@ class TestBaseline:
         assert run.metrics().retention is None
 
 
+class TestPreflight:
+    def test_what_is_ignored_changes_nothing_of_the_folder(self, tmp_path: Path, shared_cache: Cache) -> None:
+        """One who follows the message and ignores a check goes on with what is trained already."""
+        first = execute(recipe(), tmp_path / "x", shared_cache)
+        again = Run(recipe(preflight={"ignore": ["duplicates"]}), tmp_path / "x", bars=False, cache=shared_cache)
+        assert again.execute() == first.metrics()
+        assert load_recipe(tmp_path / "x/recipe.resolved.yaml").preflight.ignore == ["duplicates"]
+        assert steps.default_output(again.recipe) == steps.default_output(first.recipe)
+
+    def test_a_folder_is_given_back_when_nothing_was_done(self, tmp_path: Path, shared_cache: Cache) -> None:
+        wrong = recipe(objective__soft={"loss": f"{__name__}:overflowing"})
+        with pytest.raises(PreflightError, match="saturation"):
+            Run(wrong, tmp_path / "x", bars=False, cache=shared_cache).execute()
+        assert execute(recipe(), tmp_path / "x", shared_cache).folder.is_done("report")
+
+    def test_a_teacher_that_knows_nothing(
+        self, tmp_path: Path, shared_cache: Cache, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A warning from Python, which is in the notes; a refusal where it is strict, until it is ignored."""
+        teacher = {"model": f"{__name__}:guess", "train": {"epochs": 1, "learning_rate": 1e-9}}
+        blind = recipe(teacher=teacher, data__path="load_breast_cancer")
+        with pytest.raises(PreflightError, match=r"error \[teacher-above-chance\]"):
+            Run(blind, tmp_path / "x", bars=False, cache=shared_cache, strict=True).execute()
+        run = execute(blind, tmp_path / "y", shared_cache)
+        assert any("[teacher-above-chance]" in note for note in run.metrics().notes)
+        ignored = recipe_from({**blind.model_dump(), "preflight": {"ignore": ["teacher-above-chance"]}})
+        run = Run(ignored, tmp_path / "x", bars=False, cache=shared_cache, strict=True)
+        assert not any("above-chance" in note for note in run.execute().notes)
+
+
 class TestViews:
     """``augment`` of a ``train:`` section: what one model sees in place of ``data.augment``."""
 
@@ -493,6 +543,18 @@ TEACHERS = {
 
 
 class TestSeveralTeachers:
+    def test_one_with_other_outputs_may_teach_by_its_features(self, tmp_path: Path, shared_cache: Cache) -> None:
+        """It is loaded, asked and timed; its answers are not compared with the classes."""
+        wide = {"model": f"{__name__}:seven", "kwargs": {}}
+        hint = {"loss": "mse", "student": "body.1", "teacher": "wide/0", "project": "linear"}
+        soft = {**TREE["objective"]["soft"], "teacher": "main/logits"}
+        tree = {**TREE, "teachers": {"main": TREE["teacher"], "wide": wide}, "objective": {"soft": soft, "hint": hint}}
+        del tree["teacher"]
+        run = execute(recipe_from(tree), tmp_path / "x", shared_cache)
+        assert run.metrics().models["wide"].divergence is None
+        assert run.metrics().models["baseline"].divergence is not None
+        assert (run.folder / "report.html").is_file()
+
     def asked(self, **changes: Any) -> Recipe:
         objective = {
             "first": {"loss": "kl", "teacher": "a/logits", "weight": 0.5},

@@ -53,7 +53,7 @@ def distill(
             if is_first_process():
                 print_run(metrics, run.folder.path)
         else:
-            tree = loaded.model_dump(mode="json")
+            tree = loaded.model_dump(mode="json", exclude={"preflight"})
             summary, folder = run_seeds(loaded.name, loaded.seed, seeds, output, one, tree)
             if is_first_process():
                 write_report(folder)

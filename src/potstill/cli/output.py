@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from potstill.experiments.seeds import SeedSummary
+from potstill.report.words import is_share
 from potstill.runs.metrics import Estimate, RunMetrics
 
 
@@ -75,12 +76,18 @@ def _verdict(metrics: RunMetrics) -> list[str]:
         whose = "the teacher's" if len(teachers) == 1 else f"the first teacher's ('{teachers[0]}')"
         lines.append(f"the student keeps {100 * metrics.retention:.1f} % of {whose} {metrics.primary}{share}")
     if metrics.gain is not None:
-        gain = metrics.gain
         lines.append(
-            f"distilled − baseline: {100 * gain.value:+.2f} points [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}], "
-            f"p = {gain.p:.3f} (paired; it covers the sampling of the test set, --seeds 5 shows the spread over seeds)"
+            f"distilled − baseline: {_difference(metrics.gain, metrics)}, p = {metrics.gain.p:.3f} "
+            "(paired; it covers the sampling of the test set, --seeds 5 shows the spread over seeds)"
         )
     return lines + [f"note: {note}" for note in metrics.notes]
+
+
+def _difference(gain: Estimate, metrics: RunMetrics) -> str:
+    """Say a gain with its interval: in points where the metric is a share, else in its own unit."""
+    if is_share(metrics, metrics.primary):
+        return f"{100 * gain.value:+.2f} points [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]"
+    return f"{gain.value:+.3g} [{gain.low:+.3g}, {gain.high:+.3g}]"
 
 
 def _estimate_rows(table: Table, name: str, estimates: list[Estimate]) -> None:

@@ -10,8 +10,8 @@ from scipy.special import log_softmax
 
 
 def retention(student: float, teacher: float) -> float | None:
-    """Return ``student / teacher``, or ``None`` where the teacher's figure is 0."""
-    return student / teacher if teacher else None
+    """Return ``student / teacher``, or ``None`` where a share says nothing: of figures at or below 0."""
+    return student / teacher if teacher > 0 and student >= 0 else None
 
 
 def retention_above_chance(student: float, teacher: float, chance: float) -> float | None:

@@ -53,6 +53,9 @@ def compare(task: Task, first: Predictions, second: Predictions, *, resamples: i
 def calibrate(task: Task, predictions: Predictions, *, resamples: int) -> dict[str, Any] | None:
     """Return ``ece`` (value, low, high), ``nll`` in nats and the fitted ``temperature``.
 
+    The interval is the reflected bootstrap: noise in the bins makes every resample's error larger than the figure, as
+    it makes the figure larger than the truth, so the interval may lie below it.
+
     ``None`` where the task chooses no classes, or no label is known.
     """
     if not has_classes(task, predictions) or predictions.labels is None:
@@ -64,8 +67,9 @@ def calibrate(task: Task, predictions: Predictions, *, resamples: int) -> dict[s
     confidence = softmax(logits.astype(np.float64), axis=-1).max(-1)
     right = logits.argmax(-1) == labels
     low, high = bootstrap(_calibration_error, confidence, right, resamples=resamples)["ece"]
+    value = _calibration_error(confidence, right)["ece"]
     return {
-        "ece": (_calibration_error(confidence, right)["ece"], low, high),
+        "ece": (value, max(0.0, 2 * value - high), max(0.0, 2 * value - low)),  # each resample adds noise to the bins
         "nll": negative_log_likelihood(logits, labels),
         "temperature": fitted_temperature(logits, labels),
     }

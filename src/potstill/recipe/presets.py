@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from potstill.errors import Problem
+from potstill.errors import Problem, did_you_mean
+from potstill.losses.ramps import is_ramp
 from potstill.registry import presets
 
 
@@ -20,11 +21,12 @@ def with_preset(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
     if not isinstance(objective, Mapping) or "preset" not in objective:
         return dict(tree), []
     name, path = objective["preset"], ("objective",)
-    terms = {key: value for key, value in objective.items() if isinstance(value, Mapping)}
+    terms = {key: value for key, value in objective.items() if isinstance(value, Mapping) and not is_ramp(value)}
     options = {key: value for key, value in objective.items() if key != "preset" and key not in terms}
     if not isinstance(name, str):
         return _without(tree), [Problem((*path, "preset"), f"expected the name of a preset, got {name!r}")]
-    problems = presets.check(name, options, path=path, allow_code=False)
+    plain = {key: value for key, value in options.items() if not is_ramp(value)}  # ramps are checked in their terms
+    problems = presets.check(name, plain, path=path, allow_code=False) or _unknown(name, options, terms)
     if problems:
         where = (*path, "preset") if name not in presets.names() else None
         return _without(tree), [Problem(where or p.path, p.message, p.hint) for p in problems]
@@ -32,6 +34,27 @@ def with_preset(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
     for key, value in terms.items():
         made[key] = {**({} if "loss" in value else made.get(key, {})), **value}
     return {**tree, "objective": made}, []
+
+
+def _unknown(name: str, options: Mapping[str, Any], terms: Mapping[str, Any]) -> list[Problem]:
+    """Ramps that are no option of a preset, and changes to terms that it has not."""
+    known = presets.options(presets.get(name))
+    strange = [key for key in options if key not in known]
+    if strange:
+        return [
+            Problem(("objective", key), f"preset '{name}' has no option '{key}'", did_you_mean(key, known))
+            for key in strange
+        ]
+    made = presets.get(name)(**options)
+    strange = [key for key, value in terms.items() if "loss" not in value and key not in made]
+    return [
+        Problem(
+            ("objective", key),
+            f"preset '{name}' has no term '{key}', and no `loss` makes it one",
+            did_you_mean(key, made),
+        )
+        for key in strange
+    ]
 
 
 def _without(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,11 +77,8 @@ def _page_of_seeds(view: SeedsView, home: Path) -> str:
         "samples."
     )
     plot = _plot("seeds", "Every seed", plots.metric_bars(view), caption, [])
-    links = [
-        (seed, os.path.relpath(run.folder / "report.html", home))
-        for seed, run in view.runs.items()
-        if (run.folder / "report.html").is_file()
-    ]
+    reports = {seed: run.folder / "report.html" for seed, run in view.runs.items()}
+    links = [(seed, _address(report, home)) for seed, report in reports.items() if report.is_file()]
     return _template().render(
         verdict=verdict_of_seeds(view),
         headlines=headlines(first.metrics, view),
@@ -89,6 +86,14 @@ def _page_of_seeds(view: SeedsView, home: Path) -> str:
         links=links,
         **_context(first),
     )
+
+
+def _address(report: Path, home: Path) -> str:
+    """Return where a report lies, seen from a folder; its whole address where that is on another drive."""
+    try:
+        return Path(os.path.relpath(report, home)).as_posix()
+    except ValueError:
+        return report.absolute().as_uri()
 
 
 def _context(view: RunView) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def judged(view: RunView) -> dict[str, tuple[NDArray[Any], NDArray[np.int64]]]:
     found = {}
     for name in names:
         answers = view.predictions.get(name)
-        if answers is not None and answers.labels is not None and int(answers.labels.max()) < answers.logits.shape[1]:
+        if answers is None or answers.labels is None or answers.labels.dtype.kind not in "iu":
+            continue
+        if answers.logits.shape[1:] == (len(view.metrics.label_names) or int(answers.labels.max()) + 1,):
             found[name] = (answers.logits, answers.labels)
     return found
 

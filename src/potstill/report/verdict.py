@@ -136,11 +136,12 @@ def _about_teacher(metrics: RunMetrics) -> str:
     teacher, baseline = _first(metrics, "teacher"), _first(metrics, "baseline")
     if teacher is None or metrics.primary not in teacher.metrics:
         return ""
-    value = teacher.metrics[metrics.primary].value
-    if metrics.chance is not None and value <= metrics.chance:
-        return ", but the teacher is no better than the best constant guess, so there was nothing to learn from it"
-    if baseline is not None and value < baseline.metrics[metrics.primary].value:
-        return ", but the teacher itself does worse than the baseline"
+    known = teacher.metrics[metrics.primary]
+    least = known.value if math.isnan(known.low) else known.low
+    if metrics.chance is not None and least <= metrics.chance:
+        return ", but the teacher is not clearly better than the best constant guess"
+    if baseline is not None and known.value < baseline.metrics[metrics.primary].value:
+        return ", but the teacher itself scores no higher than the baseline"
     return ""
 
 

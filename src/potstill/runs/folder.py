@@ -23,6 +23,9 @@ from potstill.errors import RunError
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "torchvision", "timm")
 
+_NO_IDENTITY = ("preflight",)
+"""Sections of a recipe that change nothing in what a run does."""
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes texts such as ``1e5``, which are texts in the YAML 1.1 of PyYAML and numbers in that of recipes."""
@@ -71,14 +74,17 @@ class RunFolder:
             lock.release()
 
     def claim(self, recipe: dict[str, Any]) -> None:
-        """Write the resolved recipe, or check that the folder belongs to the same one.
+        """Write the resolved recipe, or check that the folder belongs to the same one, what it ignores apart.
 
         Raises:
             RunError: the folder belongs to another recipe; names the keys that differ.
         """
         path = self / "recipe.resolved.yaml"
         if path.exists():
-            keys = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), recipe)
+            known = yaml.safe_load(path.read_text(encoding="utf-8"))
+            keys = [key for key in _differences(known, recipe) if key.split(".")[0] not in _NO_IDENTITY]
+            if known != recipe and not keys:
+                write_text(path, to_yaml(recipe))
             if keys:
                 shown = ", ".join(keys[:5])
                 raise RunError(f"{self.path} belongs to another recipe (they differ in {shown}); choose --output")

@@ -105,8 +105,10 @@ class Judgement:
         if teacher is None or not self._comparable(teacher):
             return []
         rows = most_different(self.answers[teacher], self.answers[STUDENT], count=count)
-        found = examples(rows, self.answers, teacher, STUDENT)
-        shown = self.run.task_of(STUDENT).show(self.table, rows.tolist())
+        alike = {name: each for name, each in self.answers.items() if has_classes(self.run.task, each)}
+        found = examples(rows, alike, teacher, STUDENT)
+        show = getattr(self.run.task_of(STUDENT), "show", None)  # which a task of one's own may lack
+        shown = [[] for _ in rows] if show is None else show(self.table, rows.tolist())
         return [{**example, "shown": parts} for example, parts in zip(found, shown, strict=True)]
 
     @property
@@ -142,7 +144,7 @@ class Judgement:
         if teacher is not None and teacher != name:
             own, taught = (self.run.task.answers(self.answers[each].logits) for each in (name, teacher))
             found.agreement = agreement(own, taught)
-            if self._comparable(teacher):
+            if self._comparable(teacher) and has_classes(self.run.task, self.answers[name]):
                 found.divergence = float(divergence(self.answers[teacher].logits, self.answers[name].logits).mean())
         return found
 

@@ -448,4 +448,4 @@ def open_run(folder: Path, *, allow_code: bool = True, bars: bool | None = None)
 
 def default_output(recipe: Recipe) -> Path:
     """Return ``runs/NAME-HASH`` under the working directory: the same recipe, the same folder."""
-    return Path("runs") / f"{recipe.name}-{content_hash(recipe.model_dump(mode='json'))[:8]}"
+    return Path("runs") / f"{recipe.name}-{content_hash(recipe.model_dump(mode='json', exclude={'preflight'}))[:8]}"
