@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("changes", nargs="*", metavar="key=value")
     parser.add_argument("--runs", type=Path, default=Path("runs/mnist-hinton-trials"))
-    parser.add_argument("--only", default="", help="only the trials whose name holds this")
+    parser.add_argument("--only", default="", help="only the trials whose name begins with this")
     parser.add_argument("--table", action="store_true", help="print what the experiment gave, and do no trial")
     asked = parser.parse_intermixed_args()
     if asked.table:
@@ -74,7 +74,7 @@ def main() -> None:
     splits = held_out(asked.changes)
     for name, changes in TRIALS.items():
         file = RESULTS / f"{name}.json"
-        if not file.is_file() and asked.only in name:
+        if not file.is_file() and name.startswith(asked.only):
             found = trial([*asked.changes, *changes], splits, asked.runs / name)
             write_json(file, {"trial": name, **found, "changes": changes})
     found = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]

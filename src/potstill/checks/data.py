@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 from datasets import ClassLabel, Dataset, Value
 from numpy.typing import NDArray
 
 from potstill.checks.findings import Finding, Level, checks
 from potstill.checks.subject import Subject
+from potstill.checks.table_rows import row_codes
 
 _ROWS = 5000
 """Rows on which columns are tried."""
 
 _COLUMNS = 200
-_CATEGORIES = 200
+
+_EACH = 5
+"""Rows that each of few values has on average: with fewer, the others of its kind say nothing of a row."""
 
 
 @checks.register("duplicates")
@@ -28,29 +29,43 @@ def duplicates(subject: Subject) -> Iterator[Finding]:
     """Tell how many rows of the test and validation splits are in the training split too."""
     train = subject.tables.get("train")
     columns = [name for name in subject.inputs if train is not None and name in train.column_names]
-    if train is None or not columns:
+    if train is None or not columns or not len(train):
         return
-    labelled = subject.label is None or subject.label in train.column_names
-    for split in ("test", "validation"):
-        table = subject.tables.get(split)
-        if table is None or not set(columns) <= set(table.column_names) or table is train:
-            continue
-        codes = row_codes([train, table], columns)
-        known, asked = codes[: len(train)], codes[len(train) :]
-        seen = np.isin(asked, known)
-        if not seen.any():
-            continue
-        share, own = float(seen.mean()), 1 - len(np.unique(known)) / len(known)
-        level: Level = "note" if share < 0.01 else "warning"
-        if subject.strict and share > 0.5 and own < 0.1 and labelled:
-            level = "error"
-        where = np.flatnonzero(seen)[:3]
-        first = ", ".join(f"{row} (train {int(np.flatnonzero(known == asked[row])[0])})" for row in where)
-        message = (
-            f"{int(seen.sum())} of {len(table)} rows of the split '{split}' ({100 * share:.1f} %) have inputs that are "
-            f"in the training split too; the first are rows {first}"
-        )
-        yield Finding("duplicates", level, message, "drop them from the training split")
+    others = {split: subject.tables[split] for split in ("test", "validation") if split in subject.tables}
+    others = {s: t for s, t in others.items() if t is not train and set(columns) <= set(t.column_names)}
+    if not others:
+        return
+    known = row_codes(train, columns)
+    yield from _cut("train", train, known)
+    for split, table in others.items():
+        asked = row_codes(table, columns)
+        yield from _cut(split, table, asked)
+        yield from _repeated(subject, split, known, asked)
+
+
+def _cut(split: str, table: Dataset, codes: NDArray[np.uint64]) -> Iterator[Finding]:
+    if len(codes) < len(table):
+        message = f"only the first {len(codes)} of {len(table)} rows of the split '{split}' were compared: it is large"
+        yield Finding("duplicates", "note", message)
+
+
+def _repeated(subject: Subject, split: str, known: NDArray[np.uint64], asked: NDArray[np.uint64]) -> Iterator[Finding]:
+    """Tell of the rows of a split whose codes are in the training split too."""
+    seen = np.isin(asked, known)
+    if not seen.any():
+        return
+    labelled = subject.label is None or subject.label in subject.tables["train"].column_names
+    share, own = float(seen.mean()), 1 - len(np.unique(known)) / len(known)
+    level: Level = "note" if share < 0.01 else "warning"
+    if subject.strict and share > 0.5 and own < 0.1 and labelled:
+        level = "error"
+    where = np.flatnonzero(seen)[:3]
+    first = ", ".join(f"{row} (train {int(np.flatnonzero(known == asked[row])[0])})" for row in where)
+    message = (
+        f"{int(seen.sum())} of {len(asked)} rows of the split '{split}' ({100 * share:.1f} %) have inputs that are "
+        f"in the training split too; the first are rows {first}"
+    )
+    yield Finding("duplicates", level, message, "drop them from the training split")
 
 
 @checks.register("telling-columns")
@@ -68,23 +83,23 @@ def telling_columns(subject: Subject) -> Iterator[Finding]:
     truth = labels[known]
     if len(truth) < 30 or len(np.unique(truth)) < 2:
         return
-    chance = np.unique(truth, return_counts=True)[1].max() / len(truth)
+    classes, counts = np.unique(truth, return_counts=True)
+    chance = counts.max() / len(truth)
+    train = train.select(known).with_format(None)
     for name in [name for name in train.column_names if name not in (label, "sample_id")][:_COLUMNS]:
-        values = _numbers(train, name)
-        if values is None:
+        column = _column(train, name, len(classes))
+        if column is None:
             continue
-        accuracy = _alone(values[known], truth)
+        accuracy = _lookup(column.values, truth) if column.few else _tree(column.values, truth)
         about = _class_in_name(name, subject.label_names)
         error = float(np.sqrt(chance * (1 - chance) / len(truth)))
         clear = accuracy > chance + 3 * error
         if accuracy > 0.995 and chance < 0.95:
-            found = _telling(name, f"predicts the label alone ({100 * accuracy:.1f} % of rows)", "error", subject)
+            level: Level = "error" if subject.strict and column.copy else "warning"
+            yield _telling(name, f"predicts the label alone ({100 * accuracy:.1f} % of rows)", level, subject)
         elif about is not None and clear:
             what = f"names the class '{about}' and knows of the label ({100 * accuracy:.0f} %, by chance {chance:.0%})"
-            found = _telling(name, what, "warning", subject)
-        else:
-            continue
-        yield found
+            yield _telling(name, what, "warning", subject)
 
 
 def _telling(name: str, what: str, level: Level, subject: Subject) -> Finding:
@@ -94,78 +109,57 @@ def _telling(name: str, what: str, level: Level, subject: Subject) -> Finding:
     return Finding("telling-columns", level, message, "leave it out of the inputs")
 
 
-def row_codes(tables: Sequence[Dataset], columns: Sequence[str]) -> NDArray[np.int64]:
-    """Return a number for each row of all tables, equal where the rows are equal in these columns.
+class _Column(NamedTuple):
+    """The values of a column as numbers.
 
-    Pictures are compared by their encoded bytes, lists by their numbers.
+    Attributes:
+        values: one a row; where there are few, their places among the sorted ones.
+        few: whether there are few, with some rows each, so that they are categories.
+        copy: whether it may be the label under another name: a category, or a number with hardly more values than
+            the label has. A measurement has more, and may well separate the classes.
     """
-    codes = np.zeros(sum(len(table) for table in tables), dtype=np.int64)
-    for name in columns:
-        chunks = [
-            chunk for table in tables for chunk in table.select_columns([name]).with_format("arrow")[:][name].chunks
-        ]
-        own = np.concatenate([np.zeros(0, np.uint64), *(_hashes(chunk) for chunk in chunks)])
-        places = np.unique(own, return_inverse=True)[1].astype(np.int64)
-        codes = np.unique(codes * (int(places.max(initial=0)) + 1) + places, return_inverse=True)[1].astype(np.int64)
-    return codes
+
+    values: NDArray[Any]
+    few: bool
+    copy: bool
 
 
-def _hashes(values: Any) -> NDArray[np.uint64]:
-    """Return a hash of 64 bits for each value of an array."""
-    kind = values.type
-    if isinstance(values, pa.ExtensionArray):
-        return _hashes(values.storage)
-    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        parts = values.field("bytes"), values.field("path")
-        return _hashes(parts[1] if parts[0].null_count == len(values) else parts[0])
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _list_hashes(values)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
-        return _digests(values.to_pylist())
-    if pa.types.is_primitive(kind):
-        return np.asarray(pd.util.hash_array(values.to_numpy(zero_copy_only=False).astype(np.float64)), dtype=np.uint64)
-    return _digests([repr(value) for value in values.to_pylist()])
-
-
-def _list_hashes(values: Any) -> NDArray[np.uint64]:
-    inner, count = values, len(values)
-    while hasattr(inner, "flatten") and not pa.types.is_primitive(inner.type):
-        if inner.null_count or not hasattr(inner.type, "value_type"):
-            break
-        inner = inner.flatten()
-    if count == 0 or not pa.types.is_primitive(inner.type) or _is_ragged(values):
-        return _digests([repr(value) for value in values.to_pylist()])
-    numbers = np.ascontiguousarray(inner.to_numpy(zero_copy_only=False)).reshape(count, -1)
-    return _digests([row.tobytes() for row in numbers])
-
-
-def _is_ragged(values: Any) -> bool:
-    if values.null_count or not hasattr(values.type, "value_type") or pa.types.is_primitive(values.type):
-        return False
-    lengths = np.asarray(values.value_lengths())
-    return len(np.unique(lengths)) > 1 or _is_ragged(values.flatten())
-
-
-def _digests(values: Sequence[str | bytes | None]) -> NDArray[np.uint64]:
-    blobs = (b"" if v is None else v.encode() if isinstance(v, str) else v for v in values)
-    joined = b"".join(hashlib.blake2b(blob, digest_size=8).digest() for blob in blobs)
-    return np.frombuffer(joined, dtype=np.uint64)
-
-
-def _numbers(table: Dataset, name: str) -> NDArray[np.float64] | None:
-    """Return a column of numbers or of few categories as numbers; ``None`` for pictures, texts and lists."""
+def _column(table: Dataset, name: str, classes: int) -> _Column | None:
+    """Return a column of numbers or of few categories; ``None`` for pictures, texts and lists."""
     feature = table.features[name]
     kind = feature.dtype if isinstance(feature, Value | ClassLabel) else ""
-    if kind.startswith(("int", "uint", "float", "double", "bool")):
-        values = np.array([np.nan if value is None else value for value in table[name][:]], dtype=np.float64)
-        return np.where(np.isfinite(values), values, -1e30)
-    if "string" in kind:
-        codes = pd.factorize(np.asarray(table[name][:], dtype=object))[0]
-        return codes.astype(np.float64) if len(np.unique(codes)) <= _CATEGORIES else None
-    return None
+    is_number = kind.startswith(("int", "uint", "float", "double", "bool"))
+    if not is_number and "string" not in kind:
+        return None
+    raw = table[name][:]
+    if is_number:
+        values = np.array([np.nan if value is None else value for value in raw], dtype=np.float64)
+        values = np.where(np.isfinite(values), values, -1e30)
+        places, known = pd.factorize(values, sort=True)
+    else:
+        places, known = pd.factorize(np.asarray(raw, dtype=object), sort=True)
+        places = places + 1  # no value is -1
+    few = len(known) <= max(20, 2 * classes) and len(known) * _EACH <= len(raw)
+    if is_number:
+        return _Column(places if few else values, few, few and len(known) <= 2 * classes)
+    return _Column(places, few, few) if few else None
 
 
-def _alone(values: NDArray[np.float64], labels: NDArray[Any]) -> float:
+def _lookup(places: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the accuracy of each category's most frequent label, on rows that it was not counted from."""
+    truth = np.unique(labels, return_inverse=True)[1]
+    folds = np.random.default_rng(0).permutation(len(truth)) % 3
+    right = 0
+    for fold in range(3):
+        rest, held = folds != fold, folds == fold
+        counts = np.zeros((int(places.max()) + 1, int(truth.max()) + 1))
+        np.add.at(counts, (places[rest], truth[rest]), 1)
+        counts += counts.sum(0) / (len(truth) + 1)  # what is seen nowhere else is most likely the most frequent
+        right += int((counts[places[held]].argmax(-1) == truth[held]).sum())
+    return right / len(truth)
+
+
+def _tree(values: NDArray[Any], labels: NDArray[Any]) -> float:
     """Return the accuracy of a small tree on one column, on rows that it was not made from."""
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.tree import DecisionTreeClassifier

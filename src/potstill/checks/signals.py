@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from potstill.checks.findings import Finding, checks
-from potstill.checks.subject import Subject
+from potstill.checks.subject import Subject, whose_is
 from potstill.errors import ObjectiveError, SignalError
-from potstill.interfaces import IGNORED
+from potstill.interfaces import IGNORED, Signals
 
 
 @checks.register("signals")
 def signals(subject: Subject) -> Iterator[Finding]:
     """Tell which model cannot answer, and which signal is missing or not finite."""
-    told = [name for name in subject.teachers if subject.outside_table(name) is not None]  # by the check `tokenizer`
-    everyone = {f"the teacher '{name}'": found for name, found in subject.answers.items() if name not in told}
-    everyone["the student"] = subject.said_or_error
-    for whose, found in everyone.items():
+    everyone = {**subject.replies, "student": subject.said_or_error}
+    told = [name for name in everyone if subject.outside_table(name) is not None]  # by the check `tokenizer`
+    for name, found in everyone.items():
+        whose = whose_is(name)
+        if name in told:
+            continue
         if isinstance(found, SignalError):
             yield Finding("signals", "error", f"a signal of {whose} is missing: {found}")
         elif isinstance(found, Exception):
@@ -37,7 +39,7 @@ def signals(subject: Subject) -> Iterator[Finding]:
 def dead_tap(subject: Subject) -> Iterator[Finding]:
     """Tell which signal of a teacher is the same for every sample, and which of the student's nothing can change."""
     for signal in subject.objective.taps("teacher"):
-        if _constant(subject.taught.get(signal), subject):
+        if _constant(_trained(subject).get(signal)):
             message = f"the teacher's signal '{signal}' is the same for every sample, so it teaches nothing"
             yield Finding("dead-tap", "error", message, "tap another module")
     subject.materialize()
@@ -50,7 +52,7 @@ def dead_tap(subject: Subject) -> Iterator[Finding]:
             message = f"term '{name}' reads '{', '.join(taps)}' of the student, and no parameter of it is behind that"
             yield Finding("dead-tap", "error", message, "tap a module that the student learns with")
         for signal in taps:
-            if reached == "zero" and _constant(subject.said.get(signal), subject):
+            if reached == "zero" and _constant(subject.said.get(signal)):
                 message = f"the student's signal '{signal}' is the same for every sample and nothing can change it"
                 yield Finding("dead-tap", "error", message, "tap another module")
 
@@ -82,16 +84,16 @@ def label_range(subject: Subject) -> Iterator[Finding]:
     if found is not None:
         yield _range(*found, "the training batch")
         return
-    logits = subject.said.get(subject.responses[0])
-    column = subject.label
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or column is None:
+    logits, column = subject.said.get(subject.responses[0]), subject.label
+    count = subject.class_count(logits) if isinstance(logits, Tensor) and logits.ndim == 2 else None
+    if count is None or column is None:
         return
     for split, table in subject.tables.items():
         if column in table.column_names:
             values = np.asarray([value for value in table[column][:] if isinstance(value, int)], dtype=np.int64)
             values = values[(values != subject.unlabelled) & (values != IGNORED)]
-            if len(values) and not (values.min() >= 0 and values.max() < logits.shape[-1]):
-                yield _range(int(values.min()), int(values.max()), logits.shape[-1], f"the split '{split}'")
+            if len(values) and not (values.min() >= 0 and values.max() < count):
+                yield _range(int(values.min()), int(values.max()), count, f"the split '{split}'")
 
 
 def _range(low: int, high: int, size: int, where: str) -> Finding:
@@ -100,7 +102,15 @@ def _range(low: int, high: int, size: int, where: str) -> Finding:
     return Finding("label-range", "error", message, fix)
 
 
-def _constant(value: Any, subject: Subject) -> bool:
+def _trained(subject: Subject) -> Signals:
+    """Return what the teachers say that are trained already; one with a head of zeros may be trained from there."""
+    several = len(subject.teachers) > 1
+    known = [name for name in subject.teachers if name in subject.trained]
+    found = {f"{name}/{key}": value for name in known for key, value in subject.answer(name).items()}
+    return found if several else {**found, **(subject.answer(known[0]) if known else {})}
+
+
+def _constant(value: Any) -> bool:
     """Whether a signal is the same for every sample; False where there is but one."""
     if not isinstance(value, Tensor) or value.ndim < 2 or len(value) < 2 or not value.is_floating_point():
         return False

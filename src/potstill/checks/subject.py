@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from potstill.checks.watch import OutsideTableError, Watch, preserved
+from potstill.checks.batches import Answers, batch_size, classes_of, is_one_a_class, rows
+from potstill.checks.watch import OutsideTableError, Watch, inside_tables, preserved
 from potstill.interfaces import IGNORED, Batch, Progress, Signals, TeacherSource
 from potstill.losses.objective import Objective, Term
 from potstill.models.inputs import TEACHER_PREFIX
@@ -56,6 +57,7 @@ class Subject:
         teachers: the teachers by name.
         forward: ``(model, batch) -> responses``; as in :class:`potstill.training.module.DistillationModule`.
         responses: names that come from the models' outputs and are no taps.
+        answers: how the task reads its answers from logits, for the accuracy; the greatest logit if omitted.
         judged: up to 512 samples without random views, of the validation split if there is one.
         trained: names of the teachers that are trained already.
         optimizer: gives what trains the student, once the projectors are made.
@@ -66,7 +68,8 @@ class Subject:
         label_names: names of the classes in the order of their ids.
         feeds: how models are fed, by the teacher's name or ``student``.
         texts: a few texts of the data, for the tokenizers.
-        strict: whether a teacher that is no better than chance, and a test split that was trained on, are errors.
+        strict: whether what may well be meant is an error: a teacher that is no better than chance, a test split that
+            was trained on, a column that predicts the label alone.
         autocast: the precision in which models answer.
     """
 
@@ -76,6 +79,7 @@ class Subject:
     teachers: Mapping[str, TeacherSource] = field(default_factory=dict)
     forward: Callable[[nn.Module, Batch], Signals] | None = None
     responses: tuple[str, ...] = ("logits",)
+    answers: Answers | None = None
     judged: Batch | None = None
     trained: frozenset[str] = frozenset()
     optimizer: Callable[[], torch.optim.Optimizer | None] | None = None
@@ -125,7 +129,7 @@ class Subject:
             return self.teachers[name](dict(batch))
 
     @cached_property
-    def answers(self) -> dict[str, Signals | Exception]:
+    def replies(self) -> dict[str, Signals | Exception]:
         """What each teacher says about the few samples, or what stopped it."""
         found: dict[str, Signals | Exception] = {}
         for name in self.teachers:
@@ -141,7 +145,7 @@ class Subject:
         Raises:
             UnansweredError: it cannot.
         """
-        found = self.answers[name]
+        found = self.replies[name]
         if isinstance(found, Exception):
             raise UnansweredError(name) from found
         return found
@@ -164,7 +168,7 @@ class Subject:
         self.student.train()
         own = {name: value for name, value in self.few.items() if not name.startswith(TEACHER_PREFIX)}
         try:
-            with self.autocast():
+            with inside_tables(), self.autocast():
                 return self.module.signals(own)
         except Exception as error:  # so may a student
             return error
@@ -186,8 +190,11 @@ class Subject:
         return {}
 
     def judgement(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return a teacher's logits [N, …, C] and the labels [N, …] of the judged samples, where it can be judged."""
-        if self.judged is None or name not in self.trained or "labels" not in self.judged:
+        """Return a teacher's logits [N, …, C] and the labels [N, …] of the judged samples, where it can be judged.
+
+        It cannot where no term reads its logits: it may well have been trained for other classes.
+        """
+        if self.judged is None or name not in self.trained or not self.is_read(name) or "labels" not in self.judged:
             return None
         self.answer(name)
         if name not in self._judgements:
@@ -196,29 +203,49 @@ class Subject:
         fits = logits.shape[:-1] == labels.shape and not labels.is_floating_point() and logits.ndim > 1
         return (logits, labels) if fits else None
 
+    def right(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return which of a teacher's answers to judged samples with a label are right, and the labels."""
+        judged = self.judgement(name)
+        guesses = None if judged is None else classes_of(judged[0], self.answers)
+        if judged is None or guesses is None:
+            return None
+        known = judged[1] != IGNORED
+        return (guesses == judged[1])[known], judged[1][known]
+
+    def is_read(self, name: str) -> bool:
+        """Return whether a term compares with a teacher's logits."""
+        read = {signal for _, term in self.terms() for signal in term.teacher}
+        return bool({self.responses[0], f"{name}/{self.responses[0]}"} & read)
+
+    def class_count(self, logits: Tensor) -> int | None:
+        """Return how many classes there are: one a logit, or as the data name them where a task reads logits otherwise."""
+        return logits.shape[-1] if is_one_a_class(logits, self.answers) else len(self.label_names) or None
+
     @torch.no_grad()
     def logits(self, name: str, batch: Batch) -> Tensor:
         """Return a teacher's logits on many samples, float32 on the CPU."""
         size = batch_size(batch)
         parts = [rows(batch, start, start + _CHUNK) for start in range(0, size, _CHUNK)]
-        return torch.cat([self.ask(name, part)["logits"].detach().float().cpu() for part in parts])
+        return torch.cat([self.ask(name, part)[self.responses[0]].detach().float().cpu() for part in parts])
 
     def outside_table(self, name: str) -> OutsideTableError | None:
-        """Return what stopped a teacher where it was given tokens that it does not have, and not too many positions."""
-        found = self.answers[name]
+        """Return what stopped a teacher, or ``student``, that was given tokens that it does not have."""
+        found = self.said_or_error if name == "student" else self.replies[name]
         ids = [value for key, value in self.few.items() if key.rpartition("/")[2] == "input_ids"]
-        is_token = isinstance(found, OutsideTableError) and any(int(value.max()) == found.asked for value in ids)
-        return found if isinstance(found, OutsideTableError) and is_token else None
+        if not isinstance(found, OutsideTableError):
+            return None
+        is_token = any(found.asked in (int(value.max()), int(value.min())) for value in ids)
+        return found if is_token else None  # else too many positions
 
     def labels_outside(self) -> tuple[int, int, int] | None:
-        """Return least label, greatest label and number of outputs where a label of the batch is no output."""
+        """Return least label, greatest label and number of classes where a label of the batch is no class."""
         labels, logits = self.batch.get("labels"), self.said.get(self.responses[0])
         if labels is None or logits is None or labels.is_floating_point() or logits.ndim != labels.ndim + 1:
             return None
-        known = labels[labels != IGNORED]
-        if not known.numel() or (int(known.min()) >= 0 and int(known.max()) < logits.shape[-1]):
+        known, count = labels[labels != IGNORED], self.class_count(logits)
+        if count is None or not known.numel() or (int(known.min()) >= 0 and int(known.max()) < count):
             return None
-        return int(known.min()), int(known.max()), logits.shape[-1]
+        return int(known.min()), int(known.max()), count
 
     # ---- the terms -------------------------------------------------------------------------------------------------
 
@@ -257,18 +284,9 @@ class Subject:
         return None
 
 
-def batch_size(batch: Batch) -> int:
-    """Return the number of samples."""
-    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
-
-
-def rows(batch: Batch, start: int, stop: int) -> Batch:
-    """Return some samples of a batch."""
-    size = batch_size(batch)
-    return {
-        name: value[start:stop] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for name, value in batch.items()
-    }
+def whose_is(name: str) -> str:
+    """Return a model's name as a message has it."""
+    return "the student" if name == "student" else f"the teacher '{name}'"
 
 
 def _state(source: Any) -> Any:

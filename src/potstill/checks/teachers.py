@@ -13,8 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from potstill.checks.batches import batch_size, classes_of, is_one_a_class, rows
 from potstill.checks.findings import Finding, checks
-from potstill.checks.subject import Subject, batch_size, rows
+from potstill.checks.subject import Subject, whose_is
 from potstill.interfaces import IGNORED, Batch, Signals
 
 _ALIKE = 1e-3
@@ -67,12 +68,10 @@ def teacher_drift(subject: Subject) -> Iterator[Finding]:
 def above_chance(subject: Subject) -> Iterator[Finding]:
     """Tell which trained teacher is no better than the best constant guess, where the samples are enough to tell."""
     for name in subject.teachers:
-        judged = subject.judgement(name)
-        if judged is None:
+        judged = subject.right(name)
+        if judged is None or not len(judged[1]):
             continue
-        right, labels = _hits(*judged)
-        if not len(labels):
-            continue
+        right, labels = (each.numpy() for each in judged)
         chance = np.unique(labels, return_counts=True)[1].max() / len(labels)
         found = binomtest(int(right.sum()), len(right), chance, alternative="greater")
         high = binomtest(int(right.sum()), len(right), chance, alternative="less").proportion_ci(0.95).high
@@ -101,12 +100,13 @@ def label_map(subject: Subject) -> Iterator[Finding]:
     yield from _widths(subject)
     for name in subject.teachers:
         judged = subject.judgement(name)
-        if judged is None or judged[1].ndim != 1:
+        if judged is None or judged[1].ndim != 1 or subject.class_count(judged[0]) != judged[0].shape[-1]:
             continue
-        logits, labels = judged
-        guesses, truth = logits.argmax(-1).numpy(), labels.numpy()
-        guesses, truth = guesses[truth != IGNORED], truth[truth != IGNORED]
-        order = _renaming(guesses, truth, logits.shape[-1])
+        said, known = classes_of(judged[0], subject.answers), judged[1] != IGNORED
+        if said is None:
+            continue
+        guesses, truth = said[known].numpy(), judged[1][known].numpy()
+        order = _renaming(guesses, truth, judged[0].shape[-1])
         if order is not None:
             moved = [
                 f"its {_shown(subject, place)} is the data's {_shown(subject, int(to))}"
@@ -129,20 +129,19 @@ def _widths(subject: Subject) -> Iterator[Finding]:
     classes = len(subject.label_names)
     if labels is None or labels.ndim != 1 or labels.is_floating_point() or not classes:
         return
-    read = {signal for _, term in subject.terms() for signal in term.teacher}
-    outputs = {"the student": subject.said.get(response)}
-    for name in subject.teachers:
-        if {response, f"{name}/{response}"} & read:
-            outputs[f"the teacher '{name}'"] = subject.answer(name).get(response)
-    for whose, logits in outputs.items():
-        if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[-1] != classes:
-            message = f"{whose} has {logits.shape[-1]} outputs, and the data have {classes} classes"
+    outputs = {"student": subject.said.get(response)}
+    outputs |= {name: subject.answer(name).get(response) for name in subject.teachers if subject.is_read(name)}
+    for name, logits in outputs.items():
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[-1] == classes:
+            continue
+        if is_one_a_class(logits, subject.answers):
+            message = f"{whose_is(name)} has {logits.shape[-1]} outputs, and the data have {classes} classes"
             yield Finding("label-map", "error", message, "give it a head for these classes")
 
 
 def _renaming(guesses: NDArray[Any], truth: NDArray[Any], size: int) -> NDArray[Any] | None:
     """Return the class of the data for each of the teacher's, found on one half and clearly better on the other."""
-    if len(truth) < 20 or truth.min() < 0 or truth.max() >= size:
+    if len(truth) < 20 or any(each.min() < 0 or each.max() >= size for each in (truth, guesses)):
         return None
     table = np.zeros((size, size), dtype=np.int64)
     np.add.at(table, (guesses[::2], truth[::2]), 1)
@@ -157,11 +156,6 @@ def _renaming(guesses: NDArray[Any], truth: NDArray[Any], size: int) -> NDArray[
 
 def _shown(subject: Subject, place: int) -> str:
     return f"{place} ({subject.label_names[place]})" if place < len(subject.label_names) else str(place)
-
-
-def _hits(logits: Tensor, labels: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    known = labels != IGNORED
-    return (logits.argmax(-1) == labels)[known].numpy(), labels[known].numpy()
 
 
 def _alone(subject: Subject, name: str, whole: Signals) -> float:

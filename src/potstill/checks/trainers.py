@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from potstill.checks.subject import Feed, Subject, batch_size
+from potstill.checks.batches import batch_size
+from potstill.checks.subject import Feed, Subject
 from potstill.checks.watch import preserved
 from potstill.interfaces import Batch
 from potstill.models.origins import TextProcessor

@@ -17,7 +17,7 @@ class OutsideTableError(IndexError):
     """An embedding is asked for an entry that it does not have.
 
     Attributes:
-        asked: the greatest number that it was given.
+        asked: the number that it was given and does not have.
         size: the number of its entries.
     """
 
@@ -77,10 +77,7 @@ class Watch:
         self._hook.remove()
 
     def _see(self, module: nn.Module, args: Any) -> None:
-        if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor) and args[0].numel():
-            asked = int(args[0].max())
-            if asked >= module.num_embeddings:  # on a GPU the look-up would end the process
-                raise OutsideTableError(asked, module.num_embeddings)
+        _check_table(module, args)
         if module.training:
             self.training[module] = None
         if module not in self.kept:
@@ -99,6 +96,23 @@ class Watch:
         """Put everything back."""
         for kept in self.kept.values():
             kept.restore()
+
+
+@contextmanager
+def inside_tables() -> Iterator[None]:
+    """Raise an :class:`OutsideTableError` in the block before an embedding is asked for what it does not have."""
+    hook = register_module_forward_pre_hook(_check_table)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _check_table(module: nn.Module, args: Any) -> None:
+    if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor) and args[0].numel():
+        for asked in (int(args[0].max()), int(args[0].min())):
+            if not 0 <= asked < module.num_embeddings:  # on a GPU the look-up would end the process
+                raise OutsideTableError(asked, module.num_embeddings)
 
 
 @contextmanager

@@ -14,9 +14,10 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from potstill.checks.batches import rows
 from potstill.checks.findings import Finding
 from potstill.checks.run import run_checks
-from potstill.checks.subject import Feed, Subject, rows
+from potstill.checks.subject import Feed, Subject
 from potstill.errors import ModelError, PotstillError, TrainingError, did_you_mean
 from potstill.evaluation.cost import parameters
 from potstill.interfaces import Batch, Progress, Task
@@ -29,7 +30,7 @@ from potstill.training.module import DistillationModule
 if TYPE_CHECKING:
     from potstill.runs.steps import Run
 
-_KNOWING = ("teacher-above-chance", "label-map", "normalisation", "shift")
+_KNOWING = ("teacher-above-chance", "label-map", "normalisation", "shift", "dead-tap")
 """Checks that ask what a teacher has learned."""
 
 _BATCH, _TRIED, _JUDGED, _ENOUGH = 32, 4, 512, 64
@@ -73,8 +74,7 @@ def after_teachers(run: Run, *, strict: bool = False) -> list[Finding]:
     setup = _Setup(run)
     setup.models |= {name: Built(run.load(name)) for name in taught}
     subject = setup.subject(_device())
-    subject.teachers = {name: subject.teachers[name] for name in taught}
-    subject.trained = frozenset(taught)
+    subject.trained = frozenset(taught)  # the others were judged before the training
     return _found(subject, run, strict=strict, only=_KNOWING) if taught else []
 
 
@@ -112,10 +112,8 @@ class _Setup:
 
     @cached_property
     def student(self) -> nn.Module:
-        """The student, as it begins."""
-        run = self.run
-        facts = run.task_of("student").facts()
-        return build.student_blueprint(run.recipe).build(facts, seed=run.recipe.seed, allow_code=run.allow_code)
+        """The student as it begins; one cut from a fine-tuned teacher needs no folder of that, as ``run.student()``."""
+        return Plan.student(self.run)
 
     @cached_property
     def task(self) -> Task:
@@ -147,13 +145,14 @@ class _Setup:
         run, recipe = self.run, self.run.recipe
         tables = _tables(run)
         inputs = _inputs(run.task, run.splits.train)
-        text = [str(value) for value in run.splits.train[:8][inputs[0]]] if recipe.task.name.startswith("text") else []
+        text = getattr(run.task, "text", None)
         return Subject(
             self.student.to(device),
             build.make_objective(recipe, run.task).to(device),
             _placed(self.batch, device),
             teachers={name: self.source(name).to(device) for name in recipe.all_teachers},
             forward=self.task.forward,
+            answers=self.task.answers,
             judged=_placed(self._judged(), device),
             trained=frozenset(name for name in recipe.all_teachers if self._knows(name)),
             tables=tables,
@@ -162,7 +161,7 @@ class _Setup:
             inputs=inputs,
             label_names=run.task.label_names,
             feeds=self._feeds(),
-            texts=text,
+            texts=[str(value) for value in run.splits.train[:8][text]] if text in inputs else [],
         )
 
     def _knows(self, name: str) -> bool:
