@@ -13,12 +13,25 @@ import torch
 from datasets import ClassLabel, Dataset, load_dataset
 from torch import Tensor, nn
 
-from benchmarks.planted_faults import Net, counting, fitted, gpt2, points, sound, sound_sequences, trainer_of
+from benchmarks.planted_faults import (
+    Conv,
+    Net,
+    bert,
+    counting,
+    fitted,
+    gpt2,
+    pictures,
+    points,
+    sound,
+    sound_sequences,
+    trainer_of,
+)
 from potstill import Live, Objective, Term
-from potstill.checks.data import row_codes
+from potstill.checks import data, table_rows
 from potstill.checks.findings import Finding
 from potstill.checks.run import run_checks
 from potstill.checks.subject import Feed, Subject
+from potstill.checks.table_rows import row_codes
 from potstill.checks.trainers import subject_of
 from potstill.models.origins import ImageProcessor, TextProcessor
 from tests import local_models
@@ -99,6 +112,44 @@ class TestTeachers:
         assert found(subject(teachers={"teacher": first}, **asked), "teacher-above-chance") == []
         assert the(subject(teachers={"teacher": constant}, **asked), "teacher-above-chance").level == "warning"
 
+    def test_one_that_is_read_for_its_hidden_features_alone(self) -> None:
+        """It may have been trained for anything: pictures of other classes, or fewer of them."""
+        terms = {"hint": Term("mse", "body.2", "body.2", project="linear"), "hard": Term("cross_entropy")}
+        judged = {"judged": batch(400, 3), "trained": frozenset(["teacher"])}
+        assert found(subject(objective=Objective(terms), **judged), "teacher-above-chance", "label-map") == []
+        terms["soft"] = Term("kl")
+        assert the(subject(objective=Objective(terms), **judged), "teacher-above-chance").level == "warning"
+
+    def ordinal(self, **changes: Any) -> Subject:
+        """K − 1 thresholds for K ordered classes, and a teacher that is always right."""
+        names = ["none", "some", "many", "all"]
+        given = batch(400, 3)
+        given["features"][:, 0] = 3 * (given["labels"].float() - 1.5) + 0.1
+
+        def answer(asked: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"logits": asked["features"][:, :1] - torch.tensor([-3.0, 0.0, 3.0])}
+
+        def likely(student: Tensor, teacher: Tensor) -> Tensor:
+            return (student.sigmoid() - teacher.sigmoid()).square().mean(-1)
+
+        table = Dataset.from_dict({"label": [0, 1, 2, 3] * 20})
+        setup = {"student": nn.Linear(8, 3), "batch": given, "judged": given, "label_names": names}
+        setup |= {"teachers": {"teacher": answer}, "trained": frozenset(["teacher"]), "label": "label"}
+        setup |= {"objective": Objective({"soft": Term(likely)}), "tables": {"test": table}}
+        return subject(**{**setup, "answers": lambda logits: (logits > 0).sum(-1), **changes})
+
+    def test_ordered_classes_are_answered_as_the_task_answers(self) -> None:
+        checks = ("teacher-above-chance", "label-map", "label-range", "shift", "normalisation")
+        assert found(self.ordinal(), *checks) == []
+        wrong = self.ordinal(answers=lambda logits: np.zeros(len(logits), dtype=np.int64))
+        assert [each.check for each in found(wrong, *checks)] == ["teacher-above-chance"]
+        beyond = Dataset.from_dict({"label": [0, 1, 2, 3, 4] * 20})
+        assert "the classes 0 to 3" in the(self.ordinal(tables={"test": beyond}), "label-range").message
+
+    def test_an_argmax_of_the_task_changes_nothing(self) -> None:
+        wide = subject(label_names=["a", "b", "c", "d", "e"], answers=lambda logits: logits.argmax(-1))
+        assert [each.check for each in found(wide, "label-map")] == ["label-map"] * 2
+
     def test_other_numbers_of_classes(self) -> None:
         examined = subject(label_names=["a", "b", "c", "d", "e"])
         assert [each.check for each in found(examined, "label-map")] == ["label-map"] * 2
@@ -116,6 +167,36 @@ class TestInputs:
         assert the(subject(feeds={"student": Feed(other, own, learns=True)}), "normalisation").level == "note"
         same = ImageProcessor(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
         assert found(subject(feeds={"teacher": Feed(same, own)}), "normalisation") == []
+
+    def test_few_pictures_are_asked_again(self) -> None:
+        """Few say which ways are worth asking about all, and an accurate teacher is not asked at all."""
+        torch.manual_seed(0)
+        model = fitted(Conv(), pictures(256, 1))
+        for mean, std, most, level in ((0.5, 0.5, 0, []), (0.0, 1.0, 64 * 30 + 2 * 448, ["error"])):
+            given: dict[str, Tensor] = pictures(512, 2, mean, std)[:]
+            asked: list[int] = []
+
+            def answer(batch: dict[str, Tensor], asked: list[int] = asked) -> dict[str, Tensor]:
+                asked.append(len(batch["pixel_values"]))
+                with torch.no_grad():
+                    return {"logits": model(batch["pixel_values"])}
+
+            setup = {"student": Conv(), "batch": given, "judged": given, "teachers": {"teacher": answer}}
+            examined = subject(**setup, trained=frozenset(["teacher"]))
+            assert [each.level for each in found(examined, "normalisation")] == level
+            assert sum(asked) <= 512 + 100 + most  # the judged ones, once, and a few
+
+    def test_a_student_that_is_given_tokens_it_does_not_have(self) -> None:
+        """On a GPU the look-up would end the process, so it must not come to that."""
+        for student in (bert(30, 8), bert(60, 8)):
+            ids = torch.full((8, 5), 50)
+            ids[1:] = 3
+            given = {"input_ids": ids, "labels": torch.arange(8) % CLASSES}
+            examined = subject(student=student, batch=given, teachers={"teacher": Live(bert(60, 16))})
+            whose = [each.message[:11] for each in found(examined) if each.level == "error"]
+            assert whose == (["the student"] if student.config.vocab_size == 30 else [])
+        examined = subject(student=bert(30, 8), batch=given, teachers={"teacher": Live(bert(60, 16))})
+        assert "the token id 50, and its table has 30" in the(examined, "tokenizer").message
 
     def test_a_tokenizer_with_other_ids_of_the_same_size(self) -> None:
         own = TextProcessor(local_models.word_pieces())
@@ -178,7 +259,15 @@ class TestSignals:
     def test_a_teachers_that_is_always_the_same(self) -> None:
         terms = {"hint": Term("mse", "body", "idle", project="linear")}
         examined = subject(student=Odd(), objective=Objective(terms), teachers={"teacher": Live(Net(), ["idle"])})
+        assert found(examined, "dead-tap") == []  # it may be trained from there, as a head of zeros is
+        examined.trained = frozenset(["teacher"])
         assert "the same for every sample" in the(examined, "dead-tap").message
+
+    def test_one_of_several_teachers_that_is_always_the_same(self) -> None:
+        terms = {n: Term("mse", "body", f"{n}/idle", project="linear") for n in ("known", "new")}
+        teachers = {name: Live(Net(), ["idle"]) for name in terms}
+        examined = subject(student=Odd(), objective=Objective(terms), teachers=teachers, trained=frozenset(["known"]))
+        assert "'known/idle'" in the(examined, "dead-tap").message
 
     def test_a_living_one(self) -> None:
         assert found(self.hint("body", teachers={"teacher": Live(Net(), ["body.2"])}), "dead-tap", "signals") == []
@@ -275,16 +364,88 @@ class TestData:
     def test_pictures_by_their_bytes_and_fast(self) -> None:
         train, test = images(60_000), images(1_000, seed=1)
         began = time.process_time()
-        codes = row_codes([train, test, train.select([7])], ["image"])
+        codes = np.concatenate([row_codes(table, ["image"]) for table in (train, test)])
         assert time.process_time() - began < 10
-        assert codes[-1] == codes[7]
+        assert row_codes(train.select([7]), ["image"]) == codes[7]
         assert len(np.unique(codes)) == 61_000
 
-    def telling(self, inputs: tuple[str, ...], **columns: Any) -> list[Finding]:
+    @pytest.mark.parametrize(
+        "values",
+        [
+            [[i] * (i % 3) for i in range(50)],
+            [[[float(i)] * (i % 3 + 1)] * 2 for i in range(50)],
+            [[None if i == 0 else i, 1] for i in range(50)],
+            [[f"{i}"] * (i % 2 + 1) for i in range(50)],
+            [None if i == 9 else [i] for i in range(50)],
+        ],
+        ids=["ragged", "nested", "missing numbers", "texts", "missing lists"],
+    )
+    def test_a_row_has_one_code_whatever_is_beside_it(self, values: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        table = Dataset.from_dict({"x": values})
+        whole = row_codes(table, ["x"])
+        assert len(np.unique(whole)) == len({str(value) for value in values})
+        monkeypatch.setattr(table_rows, "SLICE", 7)
+        assert np.array_equal(row_codes(table, ["x"]), whole)
+        assert np.array_equal(row_codes(table.select([30]), ["x"]), whole[30:31])
+
+    def test_lists_of_the_same_numbers_are_not_the_same(self) -> None:
+        table = Dataset.from_dict({"x": [[[1, 2], [3]], [[1], [2, 3]], [[1, 2, 3]], [[1, 2, 3], []]]})
+        assert len(np.unique(row_codes(table, ["x"]))) == 4
+
+    def test_the_training_split_is_read_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        read: list[int] = []
+
+        def counted(table: Dataset, columns: list[str]) -> Any:
+            read.append(len(table))
+            return row_codes(table, columns)
+
+        monkeypatch.setattr(data, "row_codes", counted)
+        tables = {name: images(count, 8, count) for name, count in (("train", 30), ("validation", 20), ("test", 10))}
+        assert found(subject(tables=tables, inputs=["image"]), "duplicates") == []
+        assert sorted(read) == [10, 20, 30]
+
+    def test_of_a_very_large_table_the_first_rows_are_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(table_rows, "SLICE", 10)
+        monkeypatch.setattr(table_rows, "MOST_BYTES", 250 * 300)
+        (finding,) = self.leaky(images(1000), images(50, seed=1), "image")
+        assert finding.level == "note"
+        assert "only the first 250 of 1000 rows of the split 'train'" in finding.message
+        monkeypatch.setattr(table_rows, "MOST_ROWS", 95)
+        assert "only the first 95 of 1000" in self.leaky(images(1000), images(50, seed=1), "image")[0].message
+
+    def telling(self, inputs: tuple[str, ...], *, strict: bool = True, **columns: Any) -> list[Finding]:
         names = ["good", "very bad"]
         table = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=names))
-        examined = subject(tables={"train": table}, label="label", label_names=names, inputs=inputs)
+        examined = subject(tables={"train": table}, label="label", label_names=names, inputs=inputs, strict=strict)
         return found(examined, "telling-columns")
+
+    @pytest.mark.parametrize(("rows", "each"), [(150, 1), (190, 1), (600, 4)])
+    def test_the_order_of_the_rows_tells_nothing(self, rows: int, each: int) -> None:
+        """Data that are sorted by class, and texts of which none says anything of another."""
+        half = rows // 2
+        texts = [f"statement number {i * 7919 % 1009}" for i in range(rows // each) for _ in range(each)]
+        assert self.telling(("text",), label=[0] * half + [1] * half, text=texts[: 2 * half]) == []
+
+    def test_a_measurement_may_separate_the_classes(self) -> None:
+        """As the length of a petal does; a category that does is more likely a copy of the label."""
+        from sklearn.datasets import load_iris
+
+        features, labels = load_iris(return_X_y=True)
+        two = labels < 2
+        columns = {"label": labels[two].tolist(), "petal_length": features[two, 2].tolist()}
+        assert [each.level for each in self.telling(("petal_length",), **columns)] == ["warning"]
+        columns |= {"code": [2 + label for label in columns["label"]]}
+        columns |= {"word": [f"kind {label}" for label in columns["label"]]}
+        copies = [self.telling(("code", "word"), strict=strict, **columns) for strict in (True, False)]
+        levels = [[each.level for each in each_of if "is not an input" not in each.message] for each_of in copies]
+        assert levels == [["error", "error"], ["warning", "warning"]]
+
+    def test_a_category_that_hardly_occurs_is_the_most_frequent_class(self) -> None:
+        labels = np.random.default_rng(0).integers(0, 2, 400)
+        codes = np.where(labels == 1, "x", "y").tolist()
+        codes[7] = "rare"
+        (finding,) = self.telling(("code",), label=labels.tolist(), code=codes)
+        assert finding.level == "error"
 
     def test_columns_that_know_the_label(self) -> None:
         draw = np.random.default_rng(0)

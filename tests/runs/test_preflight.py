@@ -200,6 +200,60 @@ def test_a_teacher_with_the_tokenizer_of_another_model(tmp_path: Path) -> None:
     assert ("tokenizer", "error") in {(each.check, each.level) for each in found(recipe_from(tree))}
 
 
+def test_a_student_cut_from_a_finetuned_teacher_needs_no_folder_of_it(tmp_path: Path) -> None:
+    """Neither before there is one, nor once the teacher is trained: the student is looked at as it begins."""
+    tree = texts(tmp_path)
+    tree["student"] = {"from_teacher": {"keep_blocks": [0], "weights": "finetuned"}}
+    tree["objective"] = {"soft": {"loss": "kl"}}
+    run = Run(recipe_from(tree), tmp_path / "run", bars=False)
+    assert grave(before_training(run)) == []
+    assert not (tmp_path / "run/models").exists()
+    run.execute()
+    assert [each for each in after_teachers(run) if each.level == "error"] == []
+
+
+def test_a_head_of_zeros_may_be_trained(tmp_path: Path) -> None:
+    """As some pipelines begin; what is the same for every sample is a fault once the teacher is trained."""
+    tree = {**TREE, "teacher": {"model": "tests.runs.tried:zero_head", "train": {"epochs": 3}}}
+    run = Run(recipe_from(tree), tmp_path, bars=False)
+    assert grave(before_training(run, strict=True)) == []
+    run.execute()
+    folder = run.model_folder("teacher")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, folder / "model.safetensors")
+    assert "dead-tap" in {each.check for each in after_teachers(run)}
+
+
+def test_a_trained_teacher_beside_one_that_is_not(tmp_path: Path) -> None:
+    """Once it is trained all that is said of signals still needs the other one's."""
+    known = Run(recipe_from(TREE), tmp_path / "first", bars=False)
+    known.execute()
+    saved = {"model": str(known.model_folder("teacher")), "labels": "dataset"}
+    terms = {n: {"loss": "mse", "student": "body", "teacher": f"{n}/body", "project": "linear"} for n in ("new", "old")}
+    tree = {k: v for k, v in TREE.items() if k != "teacher"}
+    run = Run(
+        recipe_from({**tree, "teachers": {"new": TREE["teacher"], "old": saved}, "objective": terms}), tmp_path / "run"
+    )
+    run.execute()
+    assert grave(after_teachers(run)) == []
+
+
+def test_ordered_classes_with_a_threshold_between_any_two() -> None:
+    """Two logits for three classes are no fault where the task reads them so."""
+    thresholds = {"loss": "tests.runs.tried:thresholds"}
+    tree = {**TREE, "task": {"name": "tests.runs.tried:Ordered"}, "objective": {"hard": thresholds, "soft": thresholds}}
+    tree["objective"]["soft"] = {"loss": "mse"}
+    tree["preflight"] = {"ignore": ["duplicates"]}
+    assert grave(found(recipe_from(tree))) == []
+
+
+def test_a_task_of_ones_own_that_is_called_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name says nothing of its columns."""
+    (tmp_path / "texttasks.py").write_text("from tests.runs.tried import Bare as Bare\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert grave(found(recipe_from({**TREE, "task": {"name": "texttasks:Bare"}}))) == []
+
+
 def test_before_training_leaves_the_generators_alone() -> None:
     plan = Plan(recipe_from(TREE))
     state = torch.get_rng_state()

@@ -30,7 +30,7 @@ _USUAL: Mapping[str, Normaliser] = {
 _GAIN = 0.1
 """By how much more accurate a teacher has to be with other pixels."""
 
-_SCREENED, _ASKED = 64, 3
+_SCREENED, _ASKED = 64, 2
 """Samples on which every way is tried, and how many ways are then tried on all."""
 
 

@@ -218,7 +218,7 @@ class Subject:
         return bool({self.responses[0], f"{name}/{self.responses[0]}"} & read)
 
     def class_count(self, logits: Tensor) -> int | None:
-        """Return how many classes there are: one a logit, or as the data name them where a task reads logits otherwise."""
+        """Return the number of classes: one a logit, or as the data name them where the task reads logits otherwise."""
         return logits.shape[-1] if is_one_a_class(logits, self.answers) else len(self.label_names) or None
 
     @torch.no_grad()

@@ -151,7 +151,8 @@ def _renaming(guesses: NDArray[Any], truth: NDArray[Any], size: int) -> NDArray[
     renamed, as_is = order[guesses] == truth, guesses == truth
     won, lost = int((renamed & ~as_is).sum()), int((as_is & ~renamed).sum())
     clear = won + lost > 0 and binomtest(won, won + lost, 0.5, alternative="greater").pvalue < 1e-3
-    return order if clear and renamed.mean() - as_is.mean() > 0.1 else None
+    clear = clear and renamed.mean() - as_is.mean() > 0.1
+    return order if clear and _tells_classes_apart(renamed, truth) else None  # a constant answer has no order
 
 
 def _shown(subject: Subject, place: int) -> str:
