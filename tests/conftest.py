@@ -31,6 +31,18 @@ def _no_search_through_the_libraries() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _plots_only_where_they_are_looked_at() -> Iterator[None]:
+    """Reports of runs are written without plots, but in `tests/report` and where a test asks for them."""
+    from potstill.report import html
+    from tests.pictures import wanted
+
+    draw = html._plots
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "_plots", lambda view: draw(view) if wanted() else [])
+        yield
+
+
 @pytest.fixture
 def ends() -> Iterator[None]:
     """Ends a test that would go on for ever, as an exponential one does; no measure of speed."""

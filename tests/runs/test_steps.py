@@ -38,6 +38,7 @@ from potstill.runs.steps import Run, open_run
 from potstill.training import trainer as engine
 from potstill.training.checkpoints import MARKER
 from potstill.training.trainer import DistillationTrainer
+from tests.pictures import drawn
 from tests.runs.tried import dry_run
 from tests.training.tiny import flat
 
@@ -420,6 +421,19 @@ class TestBaseline:
         run = execute(recipe(teacher=None, objective={"hard": {"loss": "cross_entropy"}}), tmp_path / "x")
         assert set(run.metrics().models) == {"baseline", "distilled"}
         assert run.metrics().retention is None
+
+
+class TestReport:
+    def test_it_is_written_again_when_it_was_lost(self, tmp_path: Path, shared_cache: Cache) -> None:
+        """With its plots, in the same bytes; nothing else is done again."""
+        run = execute(recipe(), tmp_path / "x", shared_cache)
+        before = (run.folder / "metrics.json").stat().st_mtime_ns
+        (run.folder / "steps/report.json").unlink()
+        with drawn():
+            execute(recipe(), tmp_path / "x", shared_cache)
+        page = (run.folder / "report.html").read_text(encoding="utf-8")
+        assert page.count("<svg") >= 5
+        assert (run.folder / "metrics.json").stat().st_mtime_ns == before
 
 
 class TestPreflight:
