@@ -214,7 +214,7 @@ def _row(axes: Axes, place: int, estimate: Estimate, look: Look, dots: list[floa
         axes.plot(estimate.value, place, look.marker, color=look.color, ms=9, mec=INK, mew=0.8, zorder=4)
     for dot in dots:
         axes.plot(dot, place + 0.24, look.marker, mfc="white", mec=look.color, ms=5, mew=1.3, zorder=4)
-    text = words.level(estimate.value, share=share)
+    text = words.level(estimate, share=share)
     axes.annotate(
         text, (estimate.value, place), (0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=10.5
     )

@@ -85,7 +85,7 @@ def seeds_table(view: SeedsView) -> Table:
 def _estimate(estimate: Estimate | None, share: bool, digits: int = 1) -> Cell:
     if estimate is None:
         return Cell("–")
-    return Cell(words.level(estimate.value, share=share, digits=digits), words.interval(estimate, share=share))
+    return Cell(words.level(estimate, share=share, digits=digits), words.interval(estimate, share=share))
 
 
 def _agreement(model: ModelMetrics) -> Cell:

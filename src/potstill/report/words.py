@@ -19,8 +19,16 @@ def is_share(metrics: RunMetrics, metric: str) -> bool:
     return all(0 <= end <= 1 for end in ends)
 
 
-def level(value: float, *, share: bool, digits: int = 1) -> str:
-    """Return a figure: ``97.3 %`` for a share, else three significant digits."""
+def level(figure: float | Estimate, *, share: bool, digits: int = 1) -> str:
+    """Return a figure: ``97.3 %`` for a share, else three significant digits.
+
+    Args:
+        figure: the figure; one with an interval has the digits of its interval, if these are more.
+        share: whether it is a share in [0, 1].
+        digits: of a per cent.
+    """
+    value = figure if isinstance(figure, float | int) else figure.value
+    digits = digits if isinstance(figure, float | int) else max(digits, _decimals(figure))
     if math.isnan(value):
         return "–"
     return f"{100 * value:.{digits}f}{SPACE}%" if share else number(value)
@@ -40,7 +48,7 @@ def interval(estimate: Estimate, *, share: bool, signed: bool = False) -> str:
     if math.isnan(estimate.low) or math.isnan(estimate.high):
         return ""
     if share:
-        form = "{:+.2f}" if signed else "{:.1f}"
+        form = "{:+.2f}" if signed else f"{{:.{_decimals(estimate)}f}}"
         low, high = (form.format(100 * end) for end in (estimate.low, estimate.high))
     else:
         low, high = (f"{end:+.3g}" if signed else f"{end:.3g}" for end in (estimate.low, estimate.high))
@@ -51,6 +59,11 @@ def metric_name(name: str) -> str:
     """Return a metric's key as words: ``f1_macro`` is ``F1 macro``."""
     words = name.replace("_", " ")
     return "F1" + words[2:] if words.startswith("f1") else words
+
+
+def _decimals(estimate: Estimate) -> int:
+    """Return how many digits of a per cent mean something: one, or two where the interval is narrower than a point."""
+    return 2 if estimate.high - estimate.low < 0.01 else 1
 
 
 def _minus(text: str) -> str:
