@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEEDS ?= 5
+WORKERS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -33,8 +34,8 @@ check: setup  ## Lint, types, import rule and sizes
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_structure.py
 
-test: setup  ## The test suite, with coverage
-	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term:skip-covered --cov-fail-under=85 --durations=15
+test: setup  ## The test suite, with coverage, in WORKERS processes
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadscope --cov --cov-report=term:skip-covered --cov-fail-under=85 --durations=15
 
 test-slow: setup  ## The long tests too
 	$(BIN)/python -m pytest -m 'slow'
