@@ -459,8 +459,10 @@ class TestPreflight:
         blind = recipe(teacher=teacher, data__path="load_breast_cancer")
         with pytest.raises(PreflightError, match=r"error \[teacher-above-chance\]"):
             Run(blind, tmp_path / "x", bars=False, cache=shared_cache, strict=True).execute()
+        caplog.clear()
         run = execute(blind, tmp_path / "y", shared_cache)
-        assert any("[teacher-above-chance]" in note for note in run.metrics().notes)
+        assert sum("[teacher-above-chance]" in note for note in run.metrics().notes) == 1
+        assert sum("[teacher-above-chance]" in record.getMessage() for record in caplog.records) == 1
         ignored = recipe_from({**blind.model_dump(), "preflight": {"ignore": ["teacher-above-chance"]}})
         run = Run(ignored, tmp_path / "x", bars=False, cache=shared_cache, strict=True)
         assert not any("above-chance" in note for note in run.execute().notes)

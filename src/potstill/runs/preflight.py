@@ -71,11 +71,13 @@ def after_teachers(run: Run, *, strict: bool = False) -> list[Finding]:
         strict: whether a teacher no better than chance is an error, as on the command line, or a warning.
     """
     taught = [name for name, spec in run.recipe.all_teachers.items() if spec.train is not None]
+    if not taught:
+        return []
     setup = _Setup(run)
     setup.models |= {name: Built(run.load(name)) for name in taught}
     subject = setup.subject(_device())
     subject.trained = frozenset(taught)  # the others were judged before the training
-    return _found(subject, run, strict=strict, only=_LEARNED) if taught else []
+    return _found(subject, run, strict=strict, only=_LEARNED)
 
 
 def _found(subject: Subject, run: Plan | Run, *, strict: bool, only: Sequence[str] | None = None) -> list[Finding]:

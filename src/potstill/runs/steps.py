@@ -194,8 +194,11 @@ class Run(Plan):
         self._examined("teachers", after_teachers(self, strict=self.strict))
 
     def _examined(self, step: str, findings: Sequence[Finding]) -> None:
-        """Refuse errors; keep the rest in ``preflight.json``."""
+        """Refuse errors, warn of warnings; keep all in ``preflight.json``."""
         refuse(findings)
+        for finding in findings:
+            if finding.level == "warning":
+                self._note(f"preflight: {finding}")
         if process_state().is_main_process:
             found = [asdict(finding) for finding in findings]
             write_json(self.folder / "preflight.json", {**self._findings(), step: found})
@@ -208,7 +211,7 @@ class Run(Plan):
     def _warnings(self) -> list[str]:
         """Return what the preflight warned of, whenever that was."""
         found = [Finding(**each) for step in self._findings().values() for each in step]
-        return [str(finding) for finding in found if finding.level == "warning"]
+        return [f"preflight: {finding}" for finding in found if finding.level == "warning"]
 
     def _teach(self, name: str) -> None:
         """Train a teacher that is to be trained, or take it from the cache; save it."""
