@@ -48,8 +48,13 @@ class Plan:
     def objective(self) -> Objective:
         """The objective of the distilled student; fresh projectors."""
         objective = build.make_objective(self.recipe, self.task)
-        build.check_labels(objective, self.splits.train, str(self.recipe.task.options.get("label", "label")))
+        build.check_labels(objective, self.splits.train, self.label)
         return objective
+
+    @property
+    def label(self) -> str:
+        """The column of the label."""
+        return str(self.recipe.task.options.get("label", "label"))
 
     def task_of(self, name: str) -> Task:
         """Return the task as one model sees it; the same object for models that want the same inputs."""

@@ -130,11 +130,6 @@ class _Setup:
         dataset = task.dataset(run.splits.train, training=True, seed=run.recipe.seed)
         return dataset.__getitems__(_spread(len(dataset), _BATCH))
 
-    @property
-    def label(self) -> str:
-        """The column of the label."""
-        return str(self.run.recipe.task.options.get("label", "label"))
-
     def source(self, name: str) -> Live:
         """Return a teacher as the training asks it."""
         recipe = self.run.recipe
@@ -158,7 +153,7 @@ class _Setup:
             judged=_placed(self._judged(), device),
             trained=frozenset(name for name in recipe.all_teachers if self._knows(name)),
             tables=tables,
-            label=self.label,
+            label=self.run.label,
             unlabelled=-1,
             inputs=inputs,
             label_names=run.task.label_names,
@@ -172,7 +167,7 @@ class _Setup:
 
     def _judged(self) -> Batch:
         train, validation = self.run.splits.train, self.run.splits.validation
-        enough = validation is not None and self.label in validation.column_names and len(validation) >= _ENOUGH
+        enough = validation is not None and self.run.label in validation.column_names and len(validation) >= _ENOUGH
         table = validation if validation is not None and enough else train
         part = table.select(_spread(len(table), _JUDGED))
         return self.task.dataset(part, training=False, seed=0).__getitems__(list(range(len(part))))
@@ -257,7 +252,7 @@ def _tried(setup: _Setup) -> Iterator[str]:
 def _check_training(setup: _Setup, models: Mapping[str, nn.Module], metrics: Sequence[str]) -> None:
     """Make the settings of every training, so that what cannot be shows now and not after hours."""
     recipe, validation = setup.run.recipe, setup.run.splits.validation
-    evaluates = validation is not None and setup.label in validation.column_names
+    evaluates = validation is not None and setup.run.label in validation.column_names
     trained = {"student": recipe.train, **{name: spec.train for name, spec in recipe.all_teachers.items()}}
     if recipe.baseline.enabled:
         trained["baseline"] = recipe.baseline_train

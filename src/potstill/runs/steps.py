@@ -139,12 +139,8 @@ class Run(Plan):
         return super().splits
 
     @property
-    def _label(self) -> str:
-        return str(self.recipe.task.options.get("label", "label"))
-
-    @property
     def _has_baseline(self) -> bool:
-        if self.recipe.baseline.enabled and self._label not in self.splits.train.column_names:
+        if self.recipe.baseline.enabled and self.label not in self.splits.train.column_names:
             self._note("no baseline: the training split has no labels to train one on")
             return False
         changes = _changes(self.recipe.train, self.recipe.baseline_train)
@@ -226,7 +222,7 @@ class Run(Plan):
         if spec.train is None:
             self._check_trained(name, spec, built)
         else:
-            if self._label not in self.splits.train.column_names:
+            if self.label not in self.splits.train.column_names:
                 raise TrainingError(
                     f"the training split has no labels to train the teacher '{name}' on; give `weights`"
                 )
@@ -329,7 +325,7 @@ class Run(Plan):
             folder=checkpoints,
             seed=self._seed(name),
             bars=self.bars,
-            evaluates=validation is not None and self._label in validation.column_names,
+            evaluates=validation is not None and self.label in validation.column_names,
             allow_code=self.allow_code,
         )
         task = self.task_of(name)
