@@ -71,6 +71,10 @@ class PreflightError(PotstillError):
         super().__init__("\n".join(str(finding) for finding in self.findings))
 
 
+class CacheError(PotstillError):
+    """A teacher's cached answers belong to something else, or cannot be cached as asked."""
+
+
 class RunError(PotstillError):
     """A run folder is in use, belongs to another recipe, or is damaged."""
 

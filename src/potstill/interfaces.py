@@ -29,6 +29,10 @@ IGNORED = -100
 """The label of a position that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
+VIEW = "view"
+"""The batch entry with the number of the random view of each sample, int64 [B]; it is missing where there is one."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where the training stands; ramps of weights and temperatures read it.

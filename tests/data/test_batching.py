@@ -239,3 +239,23 @@ def test_batches_in_another_order():
     found = list(batches(data, 2, order))
     assert [batch["sample_id"].tolist() for batch in found] == [[66, 0], [33, 33], [11]]
     assert list(batches(data, 2, np.array([], dtype=np.int64))) == []
+
+
+def test_views_come_again_after_the_last():
+    data = InMemory(
+        columns(6), view=lambda batch, epoch, lookup: {**batch, "epoch": torch.full((len(batch["x"]),), epoch)}
+    )
+    data.views = 3
+    seen = []
+    for epoch in range(7):
+        data.set_epoch(epoch)
+        batch = data.__getitems__([4, 1])
+        assert batch["view"].tolist() == batch["epoch"].tolist() == [epoch % 3] * 2
+        assert data.epoch == epoch  # on which the order of the samples goes on to depend
+        seen.append(int(batch["view"][0]))
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_samples_that_look_alike_in_every_epoch_have_no_view():
+    assert "view" not in InMemory(columns(6)).__getitems__([0])
+    assert not InMemory(columns(6)).is_random

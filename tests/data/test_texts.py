@@ -156,6 +156,7 @@ def test_a_view_is_a_tokenised_text():
     found = data.__getitems__([0, 1])
     wanted = [" ".join([tokenizer.mask_token] * len(text.split())) for text in FILMS[:2]]
     del found["sample_id"]
+    assert found.pop("view").tolist() == [0, 0]
     assert same(found, dict(tokenizer(wanted, padding=True, return_tensors="pt")))
 
 

@@ -201,7 +201,7 @@ def test_every_stored_entry_gets_the_same_draws():
     doubled = {"wide": images(12)["pixel_values"] * 2}
     keys = {"pixel_values": ("pixel_values", None), "teacher/pixel_values": ("wide", None)}
     batch = whole(several(ALL, keys, **doubled))
-    assert set(batch) == {"sample_id", "labels", "pixel_values", "teacher/pixel_values"}
+    assert set(batch) == {"sample_id", "labels", "view", "pixel_values", "teacher/pixel_values"}
     torch.testing.assert_close(batch["teacher/pixel_values"], 2 * batch["pixel_values"])
     alone = InMemory(images(12), make_views(ALL, key="pixel_values", seed=3, num_classes=3))
     assert torch.equal(batch["pixel_values"], whole(alone)["pixel_values"])

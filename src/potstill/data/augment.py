@@ -39,6 +39,11 @@ class Views:
     mixes: tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...] = ()
     num_classes: int = 0
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a sample looks different in each epoch."""
+        return bool(self.steps or self.mixes)
+
     def __call__(self, batch: Batch, epoch: int, lookup: Callable[[Tensor], Batch]) -> Batch:
         """Return the view of these samples in this epoch."""
         seen = self._augmented(batch, epoch)

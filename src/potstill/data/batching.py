@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from potstill.interfaces import Batch
+from potstill.interfaces import VIEW, Batch
 
 View = Callable[[Batch, int, Callable[[Tensor], Batch]], Batch]
 """``(batch, epoch, lookup) -> batch``: what the model sees of the samples in this epoch; see ``data/augment.py``."""
@@ -23,11 +23,16 @@ class InMemory(Dataset[Batch]):
     Args:
         columns: name to tensor, samples first, all of one length; ``sample_id`` among them.
         view: what is done to a raw batch: augmentation and normalisation.
+
+    Attributes:
+        views: how many different random views of a sample there are, one an epoch, again from the first after the
+            last; without end if ``None``.
     """
 
     def __init__(self, columns: Mapping[str, Tensor], view: View | None = None) -> None:
         self.columns = dict(columns)
         self.view = view
+        self.views: int | None = None
         self._epoch = _shared_zero()
 
     def __len__(self) -> int:
@@ -39,7 +44,7 @@ class InMemory(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return these samples as one batch."""
         batch = self.raw(torch.as_tensor(indices, dtype=torch.int64))
-        return batch if self.view is None else self.view(batch, self.epoch, self._any)
+        return batch if self.view is None else self._numbered(self.view(batch, self.view_number, self._any))
 
     @property
     def epoch(self) -> int:
@@ -49,6 +54,22 @@ class InMemory(Dataset[Batch]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the views of this epoch."""
         self._epoch.fill_(epoch)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a sample looks different in each view."""
+        return self.view is not None and getattr(self.view, "is_random", True)
+
+    @property
+    def view_number(self) -> int:
+        """Which random view is handed out: the epoch, or its place among :attr:`views`."""
+        return self.epoch if self.views is None else self.epoch % self.views
+
+    def _numbered(self, batch: Batch) -> Batch:
+        """Return the batch with the number of its view, where there are several."""
+        if not self.is_random:
+            return batch
+        return {**batch, VIEW: torch.full_like(batch["sample_id"], self.view_number)}
 
     def raw(self, indices: Tensor) -> Batch:
         """Return these samples as they are stored."""

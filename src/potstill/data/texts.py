@@ -42,13 +42,26 @@ class Tokens:
         for name, others in lengths.items():
             if not np.array_equal(others, self.lengths):
                 raise DataError(f"expected '{name}' to have as many numbers a text as '{first}'")
-        self._starts = torch.from_numpy(np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64))
         total = int(self.lengths.sum())
-        self._flat = {
+        flat = {
             name: torch.from_numpy(np.fromiter((number for row in rows for number in row), np.int32, total))
             for name, rows in columns.items()
         }
-        self.padding, self.left = dict(padding), left
+        self._hold(flat, padding, left)
+
+    @classmethod
+    def joined(
+        cls, flat: Mapping[str, Tensor], lengths: NDArray[np.int64], *, padding: Mapping[str, int], left: bool = False
+    ) -> Tokens:
+        """Return texts whose numbers are joined already: int32 ``[sum of lengths]`` a column, text after text."""
+        made = cls.__new__(cls)
+        made.lengths = lengths
+        made._hold(flat, padding, left)
+        return made
+
+    def _hold(self, flat: Mapping[str, Tensor], padding: Mapping[str, int], left: bool) -> None:
+        self._starts = torch.from_numpy(np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64))
+        self._flat, self.padding, self.left = dict(flat), dict(padding), left
 
     def batch(self, indices: Tensor) -> Batch:
         """Return these texts, int64 ``[B, T]`` with T the longest of them, and at least 1: no model takes nothing."""
@@ -136,11 +149,17 @@ class Texts(InMemory):
             return {**batch, **_prefixed({prefix: each.batch(chosen) for prefix, each in self.tokens.items()})}
         seen = self._seen(chosen, batch["sample_id"])
         every = torch.arange(len(chosen))
-        return {**batch, **_prefixed({prefix: each(*seen).batch(every) for prefix, each in self.tokenizers.items()})}
+        tokens = _prefixed({prefix: each(*seen).batch(every) for prefix, each in self.tokenizers.items()})
+        return self._numbered({**batch, **tokens})
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a text reads different in each view."""
+        return bool(self.steps)
 
     def _seen(self, chosen: Tensor, sample_id: Tensor) -> list[list[str]]:
         """Return the augmented texts of these samples, each of a pair by itself."""
-        draws = Draws(self.seed, self.epoch, sample_id)
+        draws = Draws(self.seed, self.view_number, sample_id)
         columns = []
         for place, column in enumerate(self.texts):
             texts = column[chosen.numpy()].tolist()

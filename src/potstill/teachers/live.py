@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +49,41 @@ class Live:
     def to(self, device: torch.device | str) -> Live:
         """Move the teacher to a device and return it."""
         self.model.to(device)
+        return self
+
+
+class Deferred:
+    """A live teacher that is loaded when it is first asked: one whose answers are all in a cache never is.
+
+    Args:
+        make: returns the teacher.
+        prefix: what the names of its own entries in a batch begin with.
+    """
+
+    def __init__(self, make: Callable[[], Live], prefix: str = TEACHER_PREFIX) -> None:
+        self.make, self.prefix = make, prefix
+        self._device: torch.device | str | None = None
+
+    def __call__(self, batch: Batch) -> Signals:
+        """Return what the teacher answers."""
+        return self.live(batch)
+
+    @cached_property
+    def live(self) -> Live:
+        """The teacher, loaded."""
+        live = self.make()
+        return live if self._device is None else live.to(self._device)
+
+    @property
+    def model(self) -> Frozen:
+        """The teacher's model, loaded."""
+        return self.live.model
+
+    def to(self, device: torch.device | str) -> Deferred:
+        """Let the teacher be on a device, once it is loaded."""
+        self._device = device
+        if "live" in self.__dict__:
+            self.live.to(device)
         return self
 
 

@@ -1,0 +1,314 @@
+"""A cached teacher answers as the live one does, for the very inputs that it was asked, or not at all."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from potstill.errors import CacheError
+from potstill.interfaces import Batch
+from potstill.models.plain import Mlp
+from potstill.teachers.cached import Cached, uncached, weights_hash
+from potstill.teachers.live import Deferred, Live, Several
+from potstill.teachers.tags import tags
+from tests.training import tiny
+
+
+class Counting:
+    """A live teacher that counts how often it is asked."""
+
+    def __init__(self, live: Live) -> None:
+        self.live, self.prefix, self.model, self.asked = live, live.prefix, live.model, 0
+
+    def __call__(self, batch):
+        self.asked += 1
+        return self.live(batch)
+
+
+def texts(length: int = 12, count: int = 8, seed: int = 0, left: bool = False) -> Batch:
+    """Padded texts whose tokens depend on the sample alone, whatever the length of the batch."""
+    draw = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(2, 11, (count,), generator=draw)
+    ids = torch.randint(5, 50, (count, 10), generator=draw)
+    inside = torch.arange(length)[None] < sizes[:, None]
+    padded = torch.zeros(count, length, dtype=torch.int64)
+    padded[:, :10] = ids
+    batch = {"input_ids": torch.where(inside, padded, 0), "attention_mask": inside.long()}
+    if left:
+        batch = {name: value.flip(1) for name, value in batch.items()}
+    return {**batch, "sample_id": torch.arange(count) + 100, "labels": torch.zeros(count, dtype=torch.int64)}
+
+
+def images(count: int = 16) -> Batch:
+    draw = torch.Generator().manual_seed(1)
+    return {"pixel_values": torch.randn(count, 1, 4, 4, generator=draw), "sample_id": torch.arange(count)}
+
+
+def rows(batch: Batch, chosen) -> Batch:
+    return {name: value[torch.as_tensor(chosen)] for name, value in batch.items()}
+
+
+def mlp(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Mlp(16, 5, [8])
+
+
+@pytest.fixture
+def live():
+    return Counting(Live(mlp()))
+
+
+def cached(live, folder: Path, **options) -> Cached:
+    return Cached(live, folder, identity="the teacher", **options)
+
+
+def test_each_sample_is_asked_once_whatever_the_batches(live, tmp_path):
+    source, batch = cached(live, tmp_path), images()
+    exact = live.live(batch)["logits"]
+    for chosen in (range(8), range(8, 16)):
+        assert torch.equal(source(rows(batch, chosen))["logits"], exact[list(chosen)])
+    assert live.asked == 2
+    order = np.random.default_rng(0).permutation(16)
+    for chosen in (order[:5], order[5:], order):
+        assert torch.equal(source(rows(batch, chosen))["logits"], exact[chosen])
+    assert live.asked == 2
+    assert (source.counts.made, source.counts.found) == (16, 32)
+
+
+def test_another_process_finds_them_without_the_teacher(live, tmp_path):
+    batch = images()
+    made = cached(live, tmp_path)(batch)["logits"]
+
+    def fails() -> Live:
+        raise AssertionError("the teacher was loaded")
+
+    assert torch.equal(cached(Deferred(fails), tmp_path)(batch)["logits"], made)
+
+
+def test_a_deferred_teacher_is_loaded_when_something_is_missing(tmp_path):
+    loaded = []
+
+    def load() -> Live:
+        loaded.append(1)
+        return Live(mlp())
+
+    source = cached(Deferred(load), tmp_path)
+    source(images())
+    source({**images(4), "sample_id": torch.arange(4) + 50})
+    assert loaded == [1]
+
+
+def test_a_batch_that_is_partly_there_gives_what_is_there_and_keeps_the_rest(live, tmp_path):
+    source, batch = cached(live, tmp_path, precision="fp16"), images()
+    first = source(rows(batch, range(4)))["logits"]
+    both = source(batch)["logits"]
+    assert torch.equal(both[:4], first)
+    assert torch.equal(both, source(batch)["logits"])  # what is returned is what was kept
+    assert (source.counts.made, source.counts.found) == (16, 20)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_texts_are_found_under_any_padding_and_their_layers_too(tmp_path, left):
+    teacher = tiny.teacher()
+    live = Counting(Live(teacher, ["hidden.1", "hidden.2", "bert.pooler"]))
+    source = cached(live, tmp_path)
+    short, long = texts(10, left=left), texts(20, left=left)
+    first = source(short)
+    asked = live.asked
+    again = source(long)
+    assert live.asked == asked
+    exact = live.live(long)
+    inside = long["attention_mask"].bool()
+    if left:  # BERT counts positions from the left, padding too: the first answer holds
+        exact = {**live.live(long), **{n: v for n, v in again.items() if n.startswith("hidden")}}
+    assert torch.allclose(again["logits"], (first if left else exact)["logits"], atol=1e-6)
+    assert torch.equal(again["logits"], first["logits"])
+    assert torch.equal(again["bert.pooler"], first["bert.pooler"])
+    for name in ("hidden.1", "hidden.2"):
+        assert again[name].shape == exact[name].shape
+        assert torch.allclose(again[name][inside], exact[name][inside], atol=1e-5)
+        assert again[name][~inside].abs().sum() == 0
+
+
+@pytest.mark.parametrize(("precision", "least"), [(None, 0.0), ("fp32", 0.0), ("fp16", 1e-3), ("bf16", 1e-2)])
+def test_what_is_stored_is_as_near_as_its_precision(live, tmp_path, precision, least):
+    source, batch = cached(live, tmp_path, precision=precision), images()
+    exact, kept = live.live(batch)["logits"], source(batch)["logits"]
+    assert kept.dtype == exact.dtype
+    assert (kept - exact).abs().max() <= least * exact.abs().max()
+    assert torch.equal(kept, source(batch)["logits"])
+
+
+def test_other_inputs_under_the_same_sample_are_refused(live, tmp_path):
+    source, batch = cached(live, tmp_path), images()
+    source(batch)
+    changed = {**batch, "pixel_values": batch["pixel_values"].clone()}
+    changed["pixel_values"][3, 0, 2, 1] += 1e-6
+    with pytest.raises(CacheError, match=r"1 of 16 samples, 3 the first, have other inputs .*`train.views`"):
+        source(changed)
+
+
+def test_each_view_has_its_own_answers(live, tmp_path):
+    source = cached(live, tmp_path)
+    views = [{**images(), "view": torch.full((16,), v), "pixel_values": images()["pixel_values"] + v} for v in range(3)]
+    answers = [source(view)["logits"] for view in views]
+    assert live.asked == 3
+    for view, answer in zip(views, answers, strict=True):
+        assert torch.equal(source(view)["logits"], answer)
+        assert torch.equal(answer, live.live(view)["logits"])
+    assert live.asked == 3
+    with pytest.raises(CacheError, match="batch of one view, got views 0 to 2"):
+        source({**images(3), "view": torch.arange(3)})
+
+
+def test_another_teacher_another_folder(tmp_path):
+    batch = images()
+    first, second = Cached(mlp(0), tmp_path), Cached(mlp(1), tmp_path)
+    answers = [first(batch)["logits"], second(batch)["logits"]]
+    assert torch.equal(answers[1], Live(mlp(1))(batch)["logits"])
+    assert not torch.equal(*answers)
+    assert len(list(tmp_path.iterdir())) == 2
+    again = Cached(mlp(0), tmp_path)
+    assert torch.equal(again(batch)["logits"], answers[0])
+    assert again.counts.found == 16
+
+
+def test_a_changed_weight_a_tap_a_precision_are_another_teacher(tmp_path):
+    batch, model = images(), mlp()
+    Cached(model, tmp_path)(batch)
+    Cached(Live(model, ["layers.0"]) if hasattr(model, "layers") else Live(model, ["0"]), tmp_path)
+    Cached(model, tmp_path, precision="fp16")(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        Cached(model, tmp_path)(batch)
+    before = weights_hash(model)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-3
+    assert weights_hash(model) != before
+    changed = Cached(model, tmp_path)
+    changed(batch)
+    assert changed.counts.made == 16
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_source_without_weights_needs_an_identity(tmp_path):
+    with pytest.raises(CacheError, match="give `identity`"):
+        Cached(lambda batch: {"logits": batch["pixel_values"]}, tmp_path)
+
+
+def test_a_batch_without_sample_ids_is_refused(live, tmp_path):
+    batch = images()
+    del batch["sample_id"]
+    with pytest.raises(CacheError, match="sample_id"):
+        cached(live, tmp_path)(batch)
+
+
+def test_damage_is_named_and_only_that_part_is_made_again(live, tmp_path, caplog):
+    source, batch = cached(live, tmp_path), images()
+    answer = source(batch)["logits"]
+    source.close()
+    data = next(tmp_path.glob("*/data-*.bin"))
+    raw = bytearray(data.read_bytes())
+    raw[24 * 5 + 3] ^= 255
+    data.write_bytes(bytes(raw))
+    again = cached(live, tmp_path)
+    with caplog.at_level(logging.WARNING, "potstill"):
+        assert torch.equal(again(batch)["logits"], answer)
+        assert torch.equal(again(batch)["logits"], answer)
+    assert [data.name in record.message and "sample 5" in record.message for record in caplog.records] == [True]
+    assert (again.counts.made, again.counts.damaged, again.counts.found) == (1, 1, 31)
+
+
+def test_a_full_disk_leaves_the_teacher_to_answer(live, tmp_path, monkeypatch, caplog):
+    source, batch = cached(live, tmp_path), images()
+    kept = source(rows(batch, range(8)))["logits"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("potstill.teachers.store.Store._room", full)
+    with caplog.at_level(logging.WARNING, "potstill"):
+        for _ in range(2):
+            assert torch.equal(source(batch)["logits"], live.live(batch)["logits"])
+    assert torch.equal(source(rows(batch, range(8)))["logits"], kept)
+    assert len(caplog.records) == 1
+    assert "No space left" in caplog.text
+    assert (source.counts.kept_nothing, source.counts.made) == (16, 8)
+    with pytest.raises(CacheError, match="goes on with it"):
+        cached(live, tmp_path, strict=True)(batch)
+
+
+def test_the_teachers_own_view_decides(tmp_path):
+    """Inputs that only the student reads may change; those of the teacher may not."""
+    live = Counting(Live(mlp()))
+    source, batch = cached(live, tmp_path), images()
+    own = {**batch, "teacher/pixel_values": batch["pixel_values"] + 1}
+    answer = source(own)["logits"]
+    assert torch.equal(answer, live.live(own)["logits"])
+    other = {**own, "pixel_values": batch["pixel_values"] * 2, "labels": torch.ones(16)}
+    assert torch.equal(source(other)["logits"], answer)
+    with pytest.raises(CacheError):
+        source({**own, "teacher/pixel_values": batch["pixel_values"]})
+
+
+def test_uncached_reaches_every_live_teacher(live, tmp_path):
+    source = cached(live, tmp_path)
+    assert uncached(source) is live
+    assert uncached(live) is live
+    both = uncached(Several({"a": source, "b": live}))
+    assert both.teachers == {"a": live, "b": live}
+
+
+def test_other_samples_of_the_same_teacher_come_beside(live, tmp_path):
+    source = cached(live, tmp_path)
+    source(images(4))
+    more = {**images(8), "sample_id": torch.arange(8) + 5000}
+    assert torch.equal(source(more)["logits"], live.live(more)["logits"])
+    assert torch.equal(source(images(4))["logits"], live.live(images(4))["logits"])
+
+
+@pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "attention_mask"])
+def test_tags_depend_on_every_token(name):
+    batch = {**texts(), "token_type_ids": torch.zeros(8, 12, dtype=torch.int64)}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    before = tags(batch, names)
+    assert len(set(before.tolist())) == 8
+    changed = {**batch, name: batch[name].clone()}
+    changed[name][2, 1] = 0 if name == "attention_mask" else changed[name][2, 1] + 1
+    assert np.flatnonzero(tags(changed, names) != before).tolist() == [2]
+
+
+def test_tags_know_the_order_of_tokens_and_nothing_of_their_padding():
+    names = ["input_ids", "attention_mask"]
+    before = tags(texts(10), names)
+    assert np.array_equal(tags(texts(25), names), before)
+    filled = texts(25)
+    filled["input_ids"] = torch.where(filled["attention_mask"] == 0, 7, filled["input_ids"])
+    assert np.array_equal(tags(filled, names), before)
+    swapped = texts(10)
+    swapped["input_ids"][:, [0, 1]] = swapped["input_ids"][:, [1, 0]]
+    assert (tags(swapped, names) != before).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.uint8, torch.int64])
+def test_tags_depend_on_every_bit_of_an_image(dtype):
+    pixels = (torch.rand(3, 1, 5, 3, generator=torch.Generator().manual_seed(0)) * 200).to(dtype)
+    before = tags({"pixel_values": pixels}, ["pixel_values"])
+    raw = pixels.view(torch.uint8).reshape(3, -1)
+    for place in range(raw.shape[1]):
+        for bit in (0, 7):
+            other = raw.clone()
+            other[1, place] ^= 1 << bit
+            changed = tags({"pixel_values": other.view(dtype).reshape(pixels.shape)}, ["pixel_values"])
+            assert np.flatnonzero(changed != before).tolist() == [1]
+
+
+def test_tags_of_images_that_are_black_and_white_are_all_different():
+    """Shifted binary images differ in few bits of each word, all of them high ones."""
+    pixels = (torch.rand(4000, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    found = tags({"pixel_values": pixels}, ["pixel_values"])
+    assert len(set(found.tolist())) == len({row.numpy().tobytes() for row in pixels})
