@@ -17,9 +17,14 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 CORE = {"interfaces", "errors", "registry", "_version"}
 SEES_EVERYTHING = {
     "recipe/build.py",
+    "runs/caching.py",
+    "runs/filling.py",
+    "runs/forecast.py",
     "runs/plan.py",
     "runs/preflight.py",
     "runs/steps.py",
+    "runs/training.py",
+    "runs/teachers.py",
     "distiller.py",
     "__init__.py",
     "__main__.py",

@@ -26,7 +26,7 @@ from potstill.recipe.load import load_recipe, packaged_recipes
 from potstill.runs.folder import RunFolder
 from potstill.runs.metrics import RunMetrics
 
-VERBS = ("distill", "check", "show", "evaluate", "report", "list", "copy", "new", "cache")
+VERBS = ("distill", "check", "plan", "show", "evaluate", "report", "list", "copy", "new", "cache")
 KINDS = (
     "recipes",
     "losses",
@@ -421,7 +421,7 @@ class TestDistill:
         lines = said.err.splitlines()
         assert all(re.match(r"\d\d:\d\d:\d\d \w+: ", line) for line in lines), said.err
         for name in ("teacher", "baseline", "distilled"):
-            assert any(line.endswith(f"{name}: training") for line in lines)
+            assert any(line.endswith(f"{name}: training in fp32") for line in lines)
             assert any(f"{name}: step " in line and "accuracy" in line for line in lines)
 
     def test_the_same_command_again_does_nothing_more(

@@ -162,7 +162,7 @@ def test_several_teachers_each_read_their_own_tokens(tree: dict[str, Any], folde
     assert "teacher/two/input_ids" in together
     assert "teacher/one/input_ids" not in together  # BERT's tokens are DistilBERT's
     for name in teachers:
-        source, alone = run._source(name), run.task_of(name)
+        source, alone = run.live_teacher(name), run.task_of(name)
         batch = alone.dataset(run.splits.test, training=False, seed=0).__getitems__(places)
         expected = alone.forward(run.load(name), batch)["logits"]
         torch.testing.assert_close(source(together)["logits"], expected.detach(), atol=1e-6, rtol=0)

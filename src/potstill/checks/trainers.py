@@ -16,6 +16,7 @@ from potstill.checks.subject import Feed, Subject
 from potstill.checks.watch import preserved
 from potstill.interfaces import Batch
 from potstill.models.origins import TextProcessor
+from potstill.teachers.cached import uncached
 from potstill.teachers.live import Several
 
 _JUDGED = 512
@@ -23,7 +24,7 @@ _JUDGED = 512
 
 def subject_of(trainer: Any, *, strict: bool = False) -> Subject:
     """Return what a :class:`potstill.training.trainer.DistillationTrainer` would train, and with what."""
-    module, source = trainer.distillation_module, trainer.teacher
+    module, source = trainer.distillation_module, uncached(trainer.teacher)
     teachers = dict(source.teachers) if isinstance(source, Several) else {} if source is None else {"teacher": source}
     with preserved([module]):
         batch = trainer._prepare_inputs(_first(trainer.get_train_dataloader()))

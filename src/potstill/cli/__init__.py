@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
-from potstill.cli import cache, check, copy, distill, evaluate, new, report, show
+from potstill.cli import cache, check, copy, distill, evaluate, new, plan, report, show
 from potstill.cli import list as list_
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 app.command("distill")(distill.distill)
 app.command("check")(check.check)
+app.command("plan")(plan.plan)
 app.command("show")(show.show)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
@@ -45,6 +47,9 @@ def main() -> None:
     """Run the command line; a user's mistake is a message and exit status 2, never a traceback."""
     from potstill.errors import PotstillError
 
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # before torch: threads that spin slow all that shares the cores
     try:
         app()
     except PotstillError as error:

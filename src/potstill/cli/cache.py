@@ -1,12 +1,90 @@
-"""``potstill cache``: trained teachers and more that runs share."""
+"""``potstill cache``: a teacher's answers ahead of the training, and what runs share."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-app = typer.Typer(help="List or clear what runs share: trained teachers, by content.", no_args_is_help=True)
+from potstill.cli.options import (
+    AllowCode,
+    OverridesArgument,
+    Quiet,
+    RecipeArgument,
+    Verbose,
+    is_first_process,
+    set_up_logging,
+)
+from potstill.cli.plan import print_cache
+
+
+class _RecipeFirst(TyperGroup):
+    """``potstill cache RECIPE`` is ``potstill cache fill RECIPE``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the verb in where there is none."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["fill", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RecipeFirst,
+    help="Ask a recipe's teachers for all their answers ahead of the training; list or clear what runs share.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def fill(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say how many bytes and how much time it takes; nothing is kept.")
+    ] = False,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The run's folder; runs/NAME-HASH if omitted.")
+    ] = None,
+    allow_code: AllowCode = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the teachers if need be and keep their answers, so that students train without them.
+
+    The verb may be left out: `potstill cache RECIPE`.
+
+    The same command goes on after a stop. With `accelerate launch -m potstill cache RECIPE` several processes share
+    the work. `potstill distill RECIPE` goes on in the same folder; other runs with the same teacher and data find the
+    answers too.
+    """
+    set_up_logging(quiet=quiet, verbose=verbose)
+    from potstill.recipe.load import load_recipe
+    from potstill.runs.filling import fill, forecast
+    from potstill.runs.plan import Plan
+    from potstill.runs.steps import Run
+
+    loaded = load_recipe(recipe, overrides or [], allow_code=allow_code)
+    if not loaded.all_teachers:
+        from potstill.errors import RunError
+
+        raise RunError("the recipe has no teacher, so there is nothing to cache")
+    if plan:
+        made = Plan(loaded, allow_code=allow_code)
+        for name in loaded.all_teachers:
+            print_cache(forecast(made, name))
+        return
+    bars = False if quiet or not is_first_process() else None
+    run = Run(loaded, output, allow_code=allow_code, bars=bars, strict=True)
+    try:
+        run.prepare_teachers()
+        for name in loaded.all_teachers:
+            counts = fill(run, name)
+            if is_first_process():
+                typer.echo(f"{name}: {counts.made} answers made, {counts.found} were there")
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command("list")
@@ -27,7 +105,9 @@ def list_() -> None:
 
 @app.command()
 def clear(
-    kind: Annotated[str | None, typer.Argument(help="Only this kind, such as teachers; all if omitted.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="Only this kind, `teachers` or `signals` (their answers); all if omitted.")
+    ] = None,
     days: Annotated[float, typer.Option(min=0, help="Only what was not used for this many days.")] = 0.0,
 ) -> None:
     """Delete what is in the cache; what a run still needs is made again."""
@@ -35,7 +115,7 @@ def clear(
     from potstill.runs.cache import Cache
 
     cache = Cache()
-    kinds = {"teachers", *(entry.kind for entry in cache.entries())}
+    kinds = {"teachers", "signals", *(entry.kind for entry in cache.entries())}
     if kind is not None and kind not in kinds:
         raise RunError(f"the cache holds no '{kind}'; {did_you_mean(kind, kinds)}")
     freed = cache.clear(kind, older_than_s=days * 86400)

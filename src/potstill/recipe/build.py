@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from potstill.data.augment import split_step
 from potstill.data.load import Splits, load_splits
 from potstill.errors import DataError, ObjectiveError, TrainingError
-from potstill.interfaces import Batch, Task
+from potstill.interfaces import Batch, BatchDataset, Task
 from potstill.losses.objective import Objective, Term
 from potstill.models.hugging_face import hub_commit
 from potstill.models.inputs import TEACHER_PREFIX
@@ -26,6 +26,7 @@ from potstill.registry import callbacks, tasks
 from potstill.runs.cache import file_hash
 from potstill.training.callbacks import MaxNorm
 from potstill.training.optimizers import Choice, find_optimizer, find_scheduler, make_scheduler
+from potstill.training.precision import HALVES, chosen_precision
 
 _BY_TOKEN = re.compile(r"(^|[./])(hidden|attention|query|key|value)\.\d+$")
 
@@ -221,6 +222,28 @@ def with_views(task: Task, spec: TrainSpec) -> Task:
     return own  # type: ignore[no-any-return]
 
 
+def training_set(recipe: Recipe, task: Task, spec: TrainSpec, table: Dataset, seed: int) -> BatchDataset:
+    """Return the training batches of a model, with the random views that its ``train:`` section asks for.
+
+    Args:
+        recipe: the recipe.
+        task: as the models want their inputs.
+        spec: how the model is trained.
+        table: the samples.
+        seed: of the views; those of a fixed number of views are drawn by ``data.seed``.
+    """
+    drawn = seed if spec.views is None else recipe.data.seed
+    made: Any = with_views(task, spec).dataset(table, training=True, seed=drawn)
+    if spec.views is not None:
+        made.views = spec.views
+    return made  # type: ignore[no-any-return]
+
+
+def is_random_view(recipe: Recipe, spec: TrainSpec) -> bool:
+    """Return whether a model that is trained so sees other views of a sample as time goes on."""
+    return bool(recipe.data.augment if spec.augment is None else spec.augment)
+
+
 def prepared(task: Task, student: Any, teachers: Mapping[str, Any] | None = None) -> Task:
     """Return a copy of a fitted task for these models; see :meth:`potstill.interfaces.Task.prepare`."""
     own = copy.copy(task)
@@ -305,6 +328,9 @@ def make_training(
     if scheduler.target is torch.optim.lr_scheduler.ReduceLROnPlateau:
         wanted.setdefault("metric_for_best_model", "loss")
     wanted |= spec.options
+    precision = precision_of(spec)
+    if precision in HALVES:
+        wanted[precision] = True
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -322,6 +348,7 @@ def make_training(
     keywords: dict[str, Any] = {
         "projector_learning_rate": spec.projector_learning_rate,
         "group_by_length": spec.group_by_length,
+        "batch_tokens": spec.batch_tokens,
     }
     if optimizer.target is not None:
         keywords["optimizer_cls_and_kwargs"] = optimizer.target, {"lr": spec.learning_rate, **optimizer.options}
@@ -329,6 +356,16 @@ def make_training(
     if spec.max_norm is not None:
         made.append(MaxNorm(spec.max_norm))
     return TrainerSetup(arguments, made, keywords)
+
+
+def precision_of(spec: TrainSpec) -> str:
+    """Return in which precision a model is trained here: ``fp32``, ``medium``, ``bf16`` or ``fp16``.
+
+    Raises:
+        TrainingError: a precision that the processor has not, or two of them.
+    """
+    device = "cpu" if spec.options.get("use_cpu") else torch.accelerator.current_accelerator() or "cpu"
+    return chosen_precision(spec.precision, spec.options, device)
 
 
 def apply_dropout(model: torch.nn.Module, share: float | None) -> None:

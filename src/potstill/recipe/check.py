@@ -120,6 +120,9 @@ def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
         trained += [("teachers", owner, "train") for owner in _section(tree, "teachers")]
         for path in (("data",), *trained):
             problems += check_augmentations(_list(_section(tree, *path).get("augment")), kind, (*path, "augment"))
+            if kind != "text" and _section(tree, *path).get("batch_tokens") is not None:
+                what = f"batch_tokens counts the tokens of texts, and this is data of the kind '{kind}'"
+                problems.append(Problem((*path, "batch_tokens"), what, "use batch_size"))
     return problems
 
 

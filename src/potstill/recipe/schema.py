@@ -70,9 +70,13 @@ class TrainSpec(OpenSection):
     """How a model is trained; every other key is passed to ``transformers.TrainingArguments``.
 
     ``optimizer`` and ``scheduler`` are names of Trainer, of ``torch.optim`` or dotted, with options beside ``name``;
-    ``group_by_length`` puts texts of like length into one batch, so that little is padded; ``max_norm`` bounds the
-    length of each unit's incoming weights; ``dropout`` sets every dropout layer; ``augment`` is what this model sees in
-    place of ``data.augment``, nothing for an empty list.
+    ``group_by_length`` puts texts of like length into one batch, so that little is padded; ``batch_tokens`` lets each
+    batch have as many texts, up to ``batch_size``, as fit into so many tokens with their padding; ``max_norm`` bounds
+    the length of each unit's incoming weights; ``dropout`` sets every dropout layer; ``precision``
+    is that of the arithmetic, ``auto`` for bf16 where the processor has it, ``medium`` for fp32 whose matrix products
+    are made of bf16 ones; ``augment`` is what this model
+    sees in place of ``data.augment``, nothing for an empty list; ``views`` draws so many random views of each sample,
+    by ``data.seed``, and shows one an epoch, in place of a new one each time.
     """
 
     epochs: Above0 = 3.0
@@ -85,7 +89,10 @@ class TrainSpec(OpenSection):
     dropout: Share | None = None
     max_norm: Above0 | None = None
     group_by_length: bool = True
+    batch_tokens: Positive | None = None
+    precision: Literal["fp32", "medium", "bf16", "fp16", "auto"] | None = None
     augment: list[Component] | None = None
+    views: Positive | None = None
     callbacks: list[Component] = Field(default_factory=list)
 
 
@@ -122,10 +129,25 @@ class CutSpec(Section):
 
 
 class StudentSpec(WhoSpec):
-    """The student: a model by reference, or cut from a teacher."""
+    """The student: a model by reference, or cut from a teacher.
+
+    ``freeze`` lists the paths of modules that are not trained, neither here nor in the baseline, and stay in eval mode.
+    """
 
     model: str | None = None
     from_teacher: CutSpec | None = None
+    freeze: list[str] = Field(default_factory=list)
+
+
+class CacheSpec(Section):
+    """How a teacher's answers are kept on disk.
+
+    ``precision`` is that in which they are stored, the teacher's own if omitted; ``top_k`` keeps the most likely
+    classes of the logits and the total probability of the others.
+    """
+
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    top_k: Positive | None = None
 
 
 class TeacherSpec(ModelSpec):
@@ -133,11 +155,18 @@ class TeacherSpec(ModelSpec):
 
     ``seed`` is that of its training, the recipe's if omitted: a fixed one is trained once for runs with several seeds.
     ``labels: dataset`` says that its outputs are the data set's classes in their order, whatever names it has for them.
+    ``cache`` keeps its answers on disk, so that it is asked once for each sample: ``true``, ``false``, settings, or
+    ``auto`` for where the training sees each view of a sample more than once. ``precision`` is that in which it
+    teaches, the student's if omitted, ``auto`` for the fastest that says the same; ``compile`` compiles its forward.
+    Neither changes how it is trained.
     """
 
     train: TrainSpec | None = None
     seed: int | None = None
     labels: Literal["dataset"] | None = None
+    cache: bool | Literal["auto"] | CacheSpec = "auto"
+    precision: Literal["fp32", "bf16", "fp16", "int8", "auto"] | None = None
+    compile: bool = False
 
 
 class TermSpec(OpenSection):

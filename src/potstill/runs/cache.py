@@ -59,6 +59,13 @@ class Cache:
         (path / _USED).touch()
         return path
 
+    def used(self, path: Path) -> None:
+        """Note that an entry that was written in place is used now, and make room for it."""
+        with self._locked():
+            if path.is_dir():
+                (path / _USED).touch()
+                self._trim(keep=path)
+
     def fetch(self, kind: str, key: str, target: Path) -> bool:
         """Copy an entry to ``target``, whole or not at all, and return whether there is one."""
         with self._locked():

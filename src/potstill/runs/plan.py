@@ -10,6 +10,7 @@ from torch import nn
 from potstill.data.load import Splits
 from potstill.interfaces import Task
 from potstill.losses.objective import Objective
+from potstill.models.freezing import freeze
 from potstill.recipe import build
 from potstill.recipe.schema import Recipe
 
@@ -68,4 +69,5 @@ class Plan:
     def student(self) -> nn.Module:
         """Return a fresh student; one that is cut from a fine-tuned teacher is cut from the teacher as it began."""
         facts = self.task_of("student").facts()
-        return build.student_blueprint(self.recipe).build(facts, seed=self.recipe.seed, allow_code=self.allow_code)
+        model = build.student_blueprint(self.recipe).build(facts, seed=self.recipe.seed, allow_code=self.allow_code)
+        return freeze(model, self.recipe.student.freeze)

@@ -25,6 +25,7 @@ from potstill.models.origins import Built, TextProcessor
 from potstill.recipe import build
 from potstill.runs.plan import Plan
 from potstill.teachers.live import Live, Several
+from potstill.teachers.precision import tried_precision
 from potstill.training.module import DistillationModule
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ class _Setup:
     def batch(self) -> Batch:
         """Samples of the training, from all over the split."""
         run = self.run
-        task = build.with_views(self.task, run.recipe.train)
-        dataset = task.dataset(run.splits.train, training=True, seed=run.recipe.seed)
+        dataset = build.training_set(run.recipe, self.task, run.recipe.train, run.splits.train, run.recipe.seed)
         return dataset.__getitems__(_spread(len(dataset), _BATCH))
 
     def source(self, name: str) -> Live:
@@ -135,7 +135,8 @@ class _Setup:
         recipe = self.run.recipe
         taps = build.teacher_taps(recipe, self.run.objective, name)
         prefix = build.teacher_prefix(recipe, name)
-        return Live(self.teacher(name).model, taps, forward=self.task.forward, prefix=prefix)
+        precision = tried_precision(recipe.all_teachers[name].precision)
+        return Live(self.teacher(name).model, taps, forward=self.task.forward, prefix=prefix, precision=precision)
 
     def subject(self, device: torch.device) -> Subject:
         """Return what the checks examine, on a device."""

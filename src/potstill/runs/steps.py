@@ -10,19 +10,18 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from potstill._version import __version__
 from potstill.checks.findings import Finding, checks, refuse
@@ -30,6 +29,7 @@ from potstill.data.load import Splits
 from potstill.errors import PotstillError, RunError, TrainingError, did_you_mean
 from potstill.interfaces import Progress, TeacherSource
 from potstill.losses.objective import Objective
+from potstill.models.freezing import freeze
 from potstill.models.load import Blueprint, load_model, save_model
 from potstill.models.origins import Built
 from potstill.recipe import build
@@ -37,16 +37,19 @@ from potstill.recipe.load import load_recipe
 from potstill.recipe.schema import Recipe, TeacherSpec, TrainSpec
 from potstill.registry import schemes
 from potstill.runs.cache import Cache, content_hash, table_hash
+from potstill.runs.caching import close_caches, teacher_source
 from potstill.runs.folder import RunFolder, write_json
 from potstill.runs.judging import Judgement
 from potstill.runs.metrics import RunMetrics
 from potstill.runs.plan import Plan
 from potstill.runs.preflight import after_teachers, before_training
 from potstill.runs.processes import process_state
+from potstill.runs.teachers import choose_forms, live_teacher
+from potstill.runs.training import make_trainer
 from potstill.teachers.live import Live
-from potstill.training.callbacks import FollowScheme, LogLines
+from potstill.training.callbacks import FollowScheme
 from potstill.training.checkpoints import latest_checkpoint
-from potstill.training.trainer import DistillationTrainer, ready_batch
+from potstill.training.precision import matrix_products
 
 logger = logging.getLogger("potstill")
 
@@ -94,6 +97,30 @@ class Run(Plan):
             PreflightError: the set-up has a fault that would make the training wrong.
             PotstillError: the recipe asks for what cannot be.
         """
+        with self._opened():
+            if self.folder.is_done("report"):
+                return self.metrics()
+            self._teachers_steps()
+            if self._has_baseline:
+                self._step("baseline", self._baseline)
+            self._step("distilled", self._distill)
+            self._step("evaluate", self._evaluate)
+            self._step("report", self._report)
+            process_state().wait_for_everyone()
+        return self.metrics()
+
+    def _teachers_steps(self) -> None:
+        self._step("preflight", self._preflight)
+        for name, spec in self.recipe.all_teachers.items():
+            if build.is_random(spec):
+                self._note(f"the teacher '{name}' is neither trained nor given weights: it teaches noise")
+            self._step(name, partial(self._teach, name))
+        if self.recipe.all_teachers:
+            self._step("teachers", self._check_teachers)
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Hold the folder, made and claimed for this recipe."""
         state = process_state()
         transformers.utils.logging.disable_progress_bar()  # one for every file that is read or written
         if self.folder.path.exists() and not self.folder.path.is_dir():
@@ -108,28 +135,27 @@ class Run(Plan):
                 for left in (self.folder / "models").glob("*.tmp"):  # by a process that was killed
                     shutil.rmtree(left)
             state.wait_for_everyone()
-            if self.folder.is_done("report"):
-                return self.metrics()
-            self._step("preflight", self._preflight)
-            for name, spec in self.recipe.all_teachers.items():
-                if build.is_random(spec):
-                    self._note(f"the teacher '{name}' is neither trained nor given weights: it teaches noise")
-                self._step(name, partial(self._teach, name))
-            if self.recipe.all_teachers:
-                self._step("teachers", self._check_teachers)
-            if self._has_baseline:
-                self._step("baseline", self._baseline)
-            self._step("distilled", self._distill)
-            self._step("evaluate", self._evaluate)
-            self._step("report", self._report)
-            state.wait_for_everyone()
-        return self.metrics()
+            yield
+
+    def prepare_teachers(self) -> None:
+        """Do the steps up to the teachers, which are then trained and saved; :meth:`execute` goes on from there.
+
+        Raises:
+            RunError, PreflightError, PotstillError: as :meth:`execute`.
+        """
+        with self._opened():
+            self._teachers_steps()
 
     def metrics(self) -> RunMetrics:
         """Return what ``metrics.json`` holds."""
         return RunMetrics.model_validate_json((self.folder / "metrics.json").read_text(encoding="utf-8"))
 
     # ---- what the steps share --------------------------------------------------------------------------------------
+
+    @cached_property
+    def train_hash(self) -> str:
+        """A hash of every value in the training split."""
+        return table_hash(self.splits.train)
 
     @cached_property
     def splits(self) -> Splits:
@@ -163,7 +189,8 @@ class Run(Plan):
     def student(self) -> nn.Module:
         """Return a fresh student; the same weights each time, for baseline and distilled student alike."""
         facts = self.task_of("student").facts()
-        return self._student.build(facts, seed=self.recipe.seed, allow_code=self.allow_code)
+        model = self._student.build(facts, seed=self.recipe.seed, allow_code=self.allow_code)
+        return freeze(model, self.recipe.student.freeze)
 
     @property
     def _student(self) -> Blueprint:
@@ -186,8 +213,9 @@ class Run(Plan):
             raise
 
     def _check_teachers(self) -> None:
-        """Look for faults that only a trained teacher shows."""
+        """Look for faults that only a trained teacher shows, and how the teachers are to answer."""
         self._examined("teachers", after_teachers(self, strict=self.strict))
+        choose_forms(self)
 
     def _examined(self, step: str, findings: Sequence[Finding]) -> None:
         """Refuse errors, warn of warnings; keep all in ``preflight.json``."""
@@ -258,19 +286,19 @@ class Run(Plan):
 
     def _distill(self) -> None:
         """Train the student with its teachers, as the scheme has it."""
-        teachers = {name: self._source(name) for name in self.recipe.all_teachers}
+        teachers = {name: teacher_source(self, name) for name in self.recipe.all_teachers}
         scheme = schemes.get(self.recipe.scheme.name, allow_code=self.allow_code)(**self.recipe.scheme.options)
         scheme.setup(self.student(), teachers)
         model = scheme.learners()["student"]
         source = scheme.sources(Progress()).get("teacher")
         follow = FollowScheme(scheme)
         self._train("distilled", model, self.recipe.train, self.objective, teacher=source, callbacks=[follow])
+        close_caches(self, teachers)
         self._save("distilled", model, self._student)
 
-    def _source(self, name: str) -> Live:
-        taps = build.teacher_taps(self.recipe, self.objective, name)
-        prefix = build.teacher_prefix(self.recipe, name)
-        return Live(self.load(name), taps, forward=self.task.forward, prefix=prefix)
+    def live_teacher(self, name: str) -> Live:
+        """Return a saved teacher that answers as the recipe has it."""
+        return live_teacher(self, name)
 
     def evaluate(self, split: str = "test") -> RunMetrics:
         """Judge the saved models on a split and return the figures; nothing is written.
@@ -317,47 +345,28 @@ class Run(Plan):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """Train a model on the training split; goes on from the last whole checkpoint."""
-        checkpoints = (self.folder / f"checkpoints/{name}").absolute()  # Trainer notes where the best one is
-        build.apply_dropout(model, spec.dropout)
-        validation = self.splits.validation
-        setup = build.make_training(
+        checkpoints = self.folder / f"checkpoints/{name}"
+        trainer = make_trainer(
+            self,
+            name,
+            model,
             spec,
+            objective,
             folder=checkpoints,
             seed=self._seed(name),
-            bars=self.bars,
-            evaluates=validation is not None and self.label in validation.column_names,
-            allow_code=self.allow_code,
-        )
-        task = self.task_of(name)
-        if teacher is not None:
-            task = build.prepared_for_distillation(self.recipe, self.task, self.processors)
-        train = build.with_views(task, spec).dataset(self.splits.train, training=True, seed=self._seed(name))
-        build.check_tokens(self.recipe, objective, train.__getitems__([0]))
-        trainer = DistillationTrainer(
-            model=model,
             teacher=teacher,
-            objective=objective,
-            forward=task.forward,
-            args=setup.arguments,
-            train_dataset=train,
-            eval_dataset=None if validation is None else task.dataset(validation, training=False, seed=0),
-            data_collator=ready_batch,
-            compute_metrics=self._compute_metrics,
-            callbacks=[*setup.callbacks, *callbacks],
-            **setup.keywords,
+            callbacks=callbacks,
+            bars=self.bars,
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(LogLines(name))
-        resume = latest_checkpoint(checkpoints)
-        self._event("training", step=name, resumed_from=None if resume is None else resume.name)
-        logger.info("%s: training%s", name, "" if resume is None else f", going on from {resume.name}")
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        resume = latest_checkpoint(checkpoints.absolute())
+        precision = build.precision_of(spec)
+        self._event("training", step=name, resumed_from=None if resume is None else resume.name, precision=precision)
+        going_on = "" if resume is None else f", going on from {resume.name}"
+        logger.info("%s: training in %s%s", name, precision, going_on)
+        with matrix_products(precision):
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if process_state().is_main_process:
             write_json(self.folder / f"history/{name}.json", trainer.state.log_history)
-
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        return self.task.metrics(self.task.answers(logits), np.asarray(prediction.label_ids))
 
     def _save(self, name: str, model: nn.Module, blueprint: Blueprint) -> None:
         """Save a model with all that inference needs, whole or not at all."""
@@ -379,8 +388,9 @@ class Run(Plan):
     def _teacher_key(self, name: str) -> str:
         """Everything that the trained teacher depends on."""
         spec = self.recipe.all_teachers[name]
-        data = [table_hash(split) for split in (self.splits.train, self.splits.validation) if split is not None]
-        own = spec.model_dump(mode="json", exclude={"model", "weights", "seed"})
+        validation = self.splits.validation
+        data = [self.train_hash, *([] if validation is None else [table_hash(validation)])]
+        own = spec.model_dump(mode="json", exclude={"model", "weights", "seed", "cache", "precision", "compile"})
         about = {
             "teacher": {**own, "model": build.fingerprint(spec)},
             "task": self.task_of(name).settings(),

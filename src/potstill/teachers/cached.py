@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from potstill.interfaces import VIEW, Batch, Signals, TeacherSource
 from potstill.models.inputs import MAIN_INPUTS, TEACHER_PREFIX, accepted_inputs, teacher_view
 from potstill.teachers.encoding import Encoding
 from potstill.teachers.live import Live, Several
-from potstill.teachers.store import Store, about_store
+from potstill.teachers.store import SLOT_BYTES, Store, about_store
 from potstill.teachers.tags import tags, token_mask
 
 logger = logging.getLogger("potstill")
@@ -63,6 +64,9 @@ class Cached:
         top_k: of ``logits``, how many classes are kept; the total probability of the others is kept too and spread
             evenly over them. All if omitted.
         strict: whether a full disk is an error; otherwise the teacher answers what cannot be kept.
+        unmasked: signals that are compared at padded places too, where a record holds nothing: if they have any, the
+            teacher answers each time.
+        room: as ``(answers to come, bytes that they may take)``; where they would take more, nothing is kept.
 
     Raises:
         CacheError: the source says nothing of its weights, and no identity was given; and when called: a batch without
@@ -81,15 +85,18 @@ class Cached:
         precision: Literal["fp32", "fp16", "bf16"] | None = None,
         top_k: int | None = None,
         strict: bool = False,
+        unmasked: Collection[str] = (),
+        room: tuple[int, int] | None = None,
     ) -> None:
         self.live: Any = Live(teacher) if isinstance(teacher, nn.Module) else teacher
         self.prefix: str = getattr(self.live, "prefix", TEACHER_PREFIX)
         self.folder = Path(folder).expanduser()
         self.identity = _identity(self.live) if identity is None else identity
         self.precision, self.top_k, self.strict = precision, top_k, strict
+        self.unmasked, self.room = frozenset(unmasked), room
         self.counts = Counts()
         self._opened: dict[str, tuple[Store, Encoding, list[str]]] = {}
-        self._is_full = False
+        self._is_full = self._is_off = False
         self._warned: set[str] = set()
 
     def __call__(self, batch: Batch) -> Signals:
@@ -97,6 +104,9 @@ class Cached:
         ids = batch.get("sample_id")
         if ids is None:
             raise CacheError("a cached teacher finds its answers by `sample_id`, and the batch has none")
+        if self._is_off:
+            self.counts.kept_nothing += len(ids)
+            return self.live(batch)  # type: ignore[no-any-return]
         asked = teacher_view(batch, self.prefix)
         known = self._known(ids.device)
         if known is None:
@@ -114,6 +124,11 @@ class Cached:
     def model(self) -> Any:
         """The teacher's model, where it has one."""
         return getattr(self.live, "model", None)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of the answers that were asked for so far."""
+        return [store.folder for store, _, _ in self._opened.values()]
 
     @property
     def bytes_per_sample(self) -> float:
@@ -181,9 +196,33 @@ class Cached:
         answer = self.live(batch)
         axes = _token_axes(self.live, batch, asked, answer)
         encoding = Encoding.of(answer, axes, precision=self.precision, top_k=self.top_k)
+        problem = self._problem(encoding, answer, asked)
+        if problem is not None:
+            if self.strict:
+                raise CacheError(problem)
+            logger.warning("%s; the teacher answers each time", problem)
+            self._is_off = True
+            self.counts.kept_nothing += len(batch["sample_id"])
+            return answer  # type: ignore[no-any-return]
         names = _inputs_of(self.live, asked)
         self._open(batch["sample_id"].device, encoding, names)
         return self._answered_first(batch, asked, answer)
+
+    def _problem(self, encoding: Encoding, answer: Signals, asked: Batch) -> str | None:
+        """Return why these answers cannot be kept, or ``None``."""
+        padded = sorted({part.signal for part in encoding.parts if part.token_axes} & self.unmasked)
+        if padded:
+            return f"'{padded[0]}' is compared at padded places too, which no cache holds (say `mask: attention_mask`)"
+        if self.room is None:
+            return None
+        _, counts, _ = encoding.encode(answer, token_mask(asked))
+        wanted, limit = (SLOT_BYTES + 8 * float(counts.mean())) * self.room[0], self.room[1]
+        if wanted <= limit:
+            return None
+        return (
+            f"the teacher's answers would take {wanted / 2**30:.1f} GiB, and the cache may have {limit / 2**30:.1f} "
+            "(POTSTILL_CACHE_LIMIT); `precision: fp16` and `top_k` make them smaller"
+        )
 
     def _answered_first(self, batch: Batch, asked: Batch, answer: Signals) -> Signals:
         live, self.live = self.live, lambda _: answer

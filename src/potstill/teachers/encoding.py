@@ -5,6 +5,7 @@ What is padding is not in a record, so an answer does not depend on the texts th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Part:
 
     def numbers(self, lengths: Ints) -> Ints:
         """Return how many numbers each sample has; for one :attr:`by_token`, each token."""
-        fixed = int(np.prod([size for size in self.shape if size > 0], dtype=np.int64))
+        fixed = math.prod(size for size in self.shape if size > 0)
         return fixed * (np.ones_like(lengths) if self.by_token else np.power(lengths, self.token_axes))
 
     def words(self, lengths: Ints) -> Ints:
@@ -74,6 +75,9 @@ class Encoding:
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
+        self._is_fixed = not any(part.token_axes for part in parts)
+        one = np.ones(1, np.int64)
+        self._widths = [int(part.words(one)[0]) for part in parts]
 
     @classmethod
     def of(
@@ -138,6 +142,8 @@ class Encoding:
 
     def counts(self, lengths: Ints) -> Ints:
         """Return the words of each sample's record."""
+        if self._is_fixed:
+            return np.full(len(lengths), sum(self._widths))
         total = np.zeros_like(lengths)
         for part in self.parts:
             total = total + part.words(lengths)
@@ -157,7 +163,7 @@ class Encoding:
         inside = None if inside is None else inside.cpu()
         lengths = np.zeros(size, np.int64) if inside is None else inside.sum(1).numpy()
         counts = self.counts(lengths)
-        if not any(part.token_axes for part in self.parts):
+        if self._is_fixed:
             rows = [_fixed(tensor, part) for part, tensor in self._split(signals)]
             return np.concatenate(rows, axis=1).reshape(-1), counts, lengths
         words = np.empty(int(counts.sum()), np.uint64)
@@ -170,21 +176,19 @@ class Encoding:
 
     def decode(self, words: Words, lengths: Ints, inside: Tensor | None) -> Signals:
         """Return the signals of records, on the CPU; 0 where a batch is padded."""
+        found: list[Tensor] = []
+        if self._is_fixed:
+            rows, ends = words.reshape(len(lengths), -1), np.cumsum(self._widths).tolist()
+            for part, width, end in zip(self.parts, self._widths, ends, strict=True):
+                found.append(_unfixed(rows[:, end - width : end], part))
+            return self._joined(found)
         inside = None if inside is None else inside.cpu()
         counts = self.counts(lengths)
-        found: list[Tensor] = []
-        fixed = words.reshape(len(lengths), -1) if not any(part.token_axes for part in self.parts) else None
         starts = np.cumsum(counts) - counts
-        at = 0
         for part in self.parts:
             each = part.words(lengths)
-            if fixed is not None:
-                width = int(each[0]) if len(each) else 0
-                found.append(_unfixed(fixed[:, at : at + width], part))
-                at += width
-            else:
-                found.append(_unragged(words[_places(starts, each)], part, inside, lengths))
-                starts = starts + each
+            found.append(_unragged(words[_places(starts, each)], part, inside, lengths))
+            starts = starts + each
         return self._joined(found)
 
     def _split(self, signals: Signals) -> list[tuple[Part, Tensor]]:
@@ -260,7 +264,7 @@ def _unfixed(words: Words, part: Part) -> Tensor:
     """Return ``[rows, …]`` of words ``[rows, w]``."""
     dtype: torch.dtype = getattr(torch, part.stored)
     shape = part.shape[1:] if part.by_token else part.shape
-    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    count = math.prod(shape) * dtype.itemsize
     raw = np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)[:, :count]
     return torch.from_numpy(np.ascontiguousarray(raw)).view(dtype).reshape(len(words), *shape)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,8 @@ from potstill.interfaces import Batch, Signals, TeacherSource, detach
 from potstill.knowledge.capture import capture
 from potstill.models.frozen import Frozen
 from potstill.models.inputs import TEACHER_PREFIX, respond, teacher_view
+from potstill.teachers.compiled import Compiled, weights_state
+from potstill.teachers.precision import Precision, check_precision, computing_in, quantized
 
 
 class Live:
@@ -24,6 +27,13 @@ class Live:
         forward: ``(model, batch) -> responses``, e.g. a task's; by default the model gets the entries that its
             forward accepts.
         prefix: what the names of its own entries in a batch begin with.
+        precision: in which it computes, whatever that of the caller is; the caller's if omitted. ``int8`` multiplies
+            in int8 in a copy of the model, needs ``potstill[int8]`` and is compiled, without which it gains nothing.
+        compile: whether its forward is compiled, for batches of any size; the first ones then take a while.
+
+    Raises:
+        TrainingError: fp16 on a CPU, where it is slow; also when it is moved there or asked there.
+        ComponentError: int8 without torchao.
     """
 
     def __init__(
@@ -33,23 +43,55 @@ class Live:
         *,
         forward: Callable[[nn.Module, Batch], Signals] | None = None,
         prefix: str = TEACHER_PREFIX,
+        precision: Precision | None = None,
+        compile: bool = False,
     ) -> None:
+        check_precision(precision)
         self.prefix = prefix
         self.model = model if isinstance(model, Frozen) else Frozen(model)
         self.taps = list(taps)
         self.respond = forward or respond
+        self.precision, self.compile = precision, compile or precision == "int8"
+        self._made: tuple[Any, nn.Module, Compiled] | None = None
 
     def __call__(self, batch: Batch) -> Signals:
         """Return the responses and taps for the teacher's view of ``batch``, detached."""
-        model = self.model.awake()
-        with torch.no_grad(), capture(model, self.taps, detach=True) as signals:
-            answered = self.respond(model, teacher_view(batch, self.prefix))
+        model, view = self.model.awake(), teacher_view(batch, self.prefix)
+        with torch.no_grad(), self._context(model):
+            if self.compile:
+                fast, compiled = self._fast(model)
+                return detach(compiled(fast, view))
+            with capture(model, self.taps, detach=True) as signals:
+                answered = self.respond(model, view)
         return detach({**answered, **signals})
 
     def to(self, device: torch.device | str) -> Live:
         """Move the teacher to a device and return it."""
+        check_precision(self.precision, device)
+        self._made = None
         self.model.to(device)
         return self
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it answered by compiled code, and not eagerly as where there is no compiler."""
+        return self._made is not None and not self._made[2].is_eager
+
+    def _context(self, model: nn.Module) -> AbstractContextManager[Any]:
+        if self.precision is None:
+            return nullcontext()
+        place = next(iter(model.parameters()), None)
+        device = torch.device("cpu") if place is None else place.device
+        check_precision(self.precision, device)
+        return computing_in(self.precision, device)
+
+    def _fast(self, model: nn.Module) -> tuple[nn.Module, Compiled]:
+        """Return the model that is compiled and its code, made anew where the weights have changed."""
+        state = weights_state(model)
+        if self._made is None or self._made[0] != state:
+            fast = quantized(model) if self.precision == "int8" else model
+            self._made = state, fast, Compiled(self.taps, self.respond)
+        return self._made[1], self._made[2]
 
 
 class Deferred:

@@ -31,6 +31,26 @@ def check_arguments(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
+def check_budget(args: TrainingArguments, batch_tokens: int | None, group_by_length: bool) -> None:
+    """Refuse a budget of tokens a batch beside settings that contradict it.
+
+    Raises:
+        TrainingError: names the setting.
+    """
+    if batch_tokens is None:
+        return
+    if batch_tokens < 1:
+        raise TrainingError(f"expected batch_tokens above 0, got {batch_tokens}")
+    if not group_by_length:
+        raise TrainingError(
+            "batch_tokens puts samples of like length into one batch, and group_by_length is false; "
+            "leave out one of them or say group_by_length: true (in Python: group_by_length=True)"
+        )
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, None):
+            raise TrainingError(f"batch_tokens needs a batch for each process; leave out accelerator_config.{name}")
+
+
 def check_student(student: nn.Module) -> None:
     """Refuse a student whose gradient checkpointing was switched on with ``use_reentrant=True``.
 

@@ -21,6 +21,7 @@ from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 from potstill.errors import TrainingError
 from potstill.interfaces import Scheme
 from potstill.registry import callbacks
+from potstill.teachers.cached import uncached
 
 logger = logging.getLogger("potstill")
 
@@ -103,7 +104,7 @@ class Agreement(TrainerCallback):  # type: ignore[misc]
         if trainer is None or trainer.teacher is None or trainer.eval_dataset is None:
             return
         if self._answers is None:
-            self._answers = _argmax(trainer, trainer.teacher)
+            self._answers = _argmax(trainer, uncached(trainer.teacher))  # a cache is of the training samples
         module = trainer.distillation_module
         was_training = module.student.training
         module.student.eval()
@@ -129,7 +130,7 @@ class MaxNorm(TrainerCallback):  # type: ignore[misc]
         student = getattr(kwargs["model"], "student", kwargs["model"])
         with torch.no_grad():
             for module in student.modules():
-                if isinstance(module, _CONSTRAINED):
+                if isinstance(module, _CONSTRAINED) and module.weight.requires_grad:
                     module.weight.renorm_(2, 0, self.bound)
 
 

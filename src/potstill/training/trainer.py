@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import seed_worker
 from transformers.utils.generic import find_labels
 
-from potstill.data.batching import LengthSampler, length_order
+from potstill.data.batching import InMemory, LengthSampler, length_order
+from potstill.data.budgets import TokenBudget
+from potstill.data.tables import in_memory
 from potstill.errors import TrainingError, did_you_mean
 from potstill.interfaces import IGNORED, Batch, Progress, Signals, TeacherSource
 from potstill.losses.objective import Objective, clamp_counts, default_objective
 from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
 from potstill.models.weights import load_modules, load_student, save_modules, save_student
 from potstill.teachers.live import Live
-from potstill.training.arguments import check_arguments, check_student
+from potstill.teachers.shared import Sharing
+from potstill.training.arguments import check_arguments, check_budget, check_student
 from potstill.training.callbacks import Epochs
 from potstill.training.checkpoints import mark_complete, rotate
 from potstill.training.module import DistillationModule
+from potstill.training.overhead import packages_looked_up_once
 
 OBJECTIVE_FILE = "objective.safetensors"
 SOURCES_FILE = "sources.safetensors"
@@ -45,7 +53,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         forward: ``(model, batch) -> responses``, e.g. a task's; used for the student and for a module given as teacher.
         save_student: ``(student, folder) -> None`` in place of ``save_pretrained`` or safetensors.
         projector_learning_rate: learning rate of the objective's own parameters; the student's if omitted.
-        group_by_length: whether to put samples of like length into one batch, where ``train_dataset.lengths`` has them.
+        group_by_length: whether to put samples of like length into one batch, where ``train_dataset.lengths`` has them,
+            or a table has token ids that ``processing_class`` pads.
+        batch_tokens: samples of a batch times tokens of the longest of them, at most; ``args`` then say how many
+            samples a batch may have. Needs ``group_by_length`` and lengths.
+        share_layers: whether frozen layers that a live teacher has too, with the same weights, are computed once in a
+            step; see :class:`potstill.teachers.shared.SharedLayers`.
         scheduler: ``(optimizer, number of steps) -> scheduler`` in place of ``args.lr_scheduler_type``.
         trainer_arguments: everything else that ``transformers.Trainer`` takes: ``args``, ``train_dataset``,
             ``eval_dataset``, ``processing_class``, ``data_collator``, ``compute_metrics``, ``callbacks``, ….
@@ -53,6 +66,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     Raises:
         TrainingError: settings that would silently give wrong results (label smoothing in the arguments, re-entrant
             gradient checkpointing, several GPUs without a launcher), or a missing teacher.
+
+    A table of numbers without a format, and without a ``data_collator``, is read into memory once (up to 2 GiB): its
+    batches are those that Trainer would collate, with ``sample_id``.
 
     A subclass may override ``compute_loss``; it then returns a mean over the micro-batch, as with ``Trainer``.
     """
@@ -67,12 +83,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         save_student: Callable[[nn.Module, Path], None] | None = None,
         projector_learning_rate: float | None = None,
         group_by_length: bool = False,
+        batch_tokens: int | None = None,
+        share_layers: bool = True,
         scheduler: Callable[[torch.optim.Optimizer, int], Any] | None = None,
         **trainer_arguments: Any,
     ) -> None:
         terms = Objective(objective) if isinstance(objective, Mapping) else objective or default_objective()
         args = trainer_arguments.setdefault("args", None) or TrainingArguments(output_dir="distilled")
         trainer_arguments["args"] = check_arguments(args)
+        check_budget(args, batch_tokens, group_by_length)
         check_student(model)
         module = DistillationModule(model, terms, forward=forward)
         self.teacher = _as_source(teacher, module, forward)
@@ -80,16 +99,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             raise TrainingError("the objective compares with a teacher and none was given; pass teacher=…")
         self._signature_columns: list[str] | None = None
         self.lr_scheduler: Any = None
+        self.data_collator: Any = None
         self._save_student = save_student or save_student_default
         self._projector_learning_rate = projector_learning_rate
         self._make_scheduler = scheduler
         self._group_by_length = group_by_length
+        self._batch_tokens = batch_tokens
+        self._sharing = Sharing(share_layers)
+        self._tables: WeakKeyDictionary[datasets.Dataset, tuple[Any, InMemory | None]] = WeakKeyDictionary()
         self._hard = terms.hard_only()
         self._parts: dict[str, Tensor] = {}
         self._parts_seen = 0
         self._parts_since = 0
         trainer_arguments["train_dataset"] = _with_sample_ids(trainer_arguments.get("train_dataset"))
         super().__init__(module, **trainer_arguments)
+        self._usual_collator = self.data_collator if trainer_arguments.get("data_collator") is None else None
         if self.args.label_names is None:
             self.label_names = find_labels(type(model)) or ["labels"]
         self.loss_is_scaled_for_ga = self._counts_are_used
@@ -126,11 +150,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     ) -> Any:
         """Return the objective's total for one micro-batch; see :class:`transformers.Trainer`."""
         batch = dict(inputs)
-        with self.accelerator.autocast():  # in the student's precision; losses go on in float32
-            signals = self.teacher(batch) if self.teacher is not None else {}
         own = {name: value for name, value in batch.items() if not name.startswith(TEACHER_PREFIX)}
         counts = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None
-        output = model(teacher=signals, counts=counts, progress=self.progress, **own)
+        with self._sharing(self.teacher, self.distillation_module.student, model):
+            with self.accelerator.autocast():  # in the student's precision; losses go on in float32
+                signals = self.teacher(batch) if self.teacher is not None else {}
+            output = model(teacher=signals, counts=counts, progress=self.progress, **own)
         if model.training:
             self._record(output.parts)
         return (output.loss, output) if return_outputs else output.loss
@@ -173,13 +198,68 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description)
 
+    def get_train_dataloader(self) -> Any:
+        """Return the training batches: as Trainer makes them, or as many samples as fit into ``batch_tokens``."""
+        if self._batch_tokens is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        made = self._in_memory(self.train_dataset)
+        if made is not None:
+            collator: Any = ready_batch
+        else:
+            collator = self._get_collator_with_removed_columns(self.data_collator, "Training")
+        args, dataset = self.args, self.train_dataset if made is None else made
+        processes, workers = self.accelerator.num_processes, args.dataloader_num_workers
+        batches = TokenBudget(dataset, self._batch_tokens, self._train_batch_size, seed=self._seed, processes=processes)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        )
+        return self.accelerator.prepare(loader)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, sampler_fn: Any = None, **kwargs: Any) -> Any:
+        """Return a loader as Trainer makes it, of ready batches where a plain table is in memory."""
+        made = self._in_memory(dataset)
+        if made is None:
+            return super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
+        grouped = self._group_by_length and kwargs.get("is_training", False)
+        ordered = made if grouped else self._remove_unused_columns(dataset)  # what a sampler of one's own expects
+        given, self.data_collator = self.data_collator, ready_batch
+        try:
+            sampler = None if sampler_fn is None else lambda _: sampler_fn(ordered)
+            return super()._get_dataloader(made, *args, sampler_fn=sampler, **kwargs)
+        finally:
+            self.data_collator = given
+
+    def _in_memory(self, dataset: Any) -> InMemory | None:
+        """Return a plain table as ready batches, read once; ``None`` for what is left to Trainer and its collator."""
+        if not isinstance(dataset, datasets.Dataset) or self.data_collator is not self._usual_collator:
+            return None
+        known = self._tables.get(dataset)
+        if known is None or known[0] != dataset.format:
+            table = self._remove_unused_columns(dataset)
+            known = dataset.format, in_memory(table, getattr(self.data_collator, "tokenizer", None))
+            self._tables[dataset] = known
+        return known[1]
+
+    @property
+    def _seed(self) -> int:
+        """That of the order of the samples."""
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the order of the samples: those of like length together where that is asked for and can be."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self._group_by_length or getattr(dataset, "lengths", None) is None:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSampler(dataset, self.args.train_batch_size, seed=seed)
+        return LengthSampler(dataset, self.args.train_batch_size, seed=self._seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         order = length_order(eval_dataset) if self._group_by_length else None
@@ -209,7 +289,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         """Train; projectors that wait for their sizes are made first, by a dry run on one batch."""
         self.materialize()
         self._parts, self._parts_seen = {}, 0
-        return super().train(*args, **kwargs)
+        with packages_looked_up_once():
+            return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch; nothing where the checkpoint gone on from was the last: Trainer would do one more step."""
@@ -314,6 +395,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     @property
     def distillation_module(self) -> DistillationModule:
         """The module that is trained, without the wrappers of distribution and compilation."""
+        if isinstance(self.model, DistillationModule):  # unwrapping is not free, and this is asked at every step
+            return self.model
         module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(module, DistillationModule):
             raise TrainingError(f"expected a DistillationModule, got {type(module).__name__}")
@@ -328,10 +411,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
                 bind(self)
 
     def _window_counts(self, batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
-        each = [self.distillation_module.objective.counts(batch) for batch in batches]
+        objective, processes = self.distillation_module.objective, self.accelerator.num_processes
+        each = [objective.counts(batch) for batch in batches]
+        if len(each) == processes == 1:
+            return {name: count.to(device) for name, count in clamp_counts(each[0]).items()}
         names = list(each[0])
         summed = torch.stack([torch.stack([counts[name].cpu() for counts in each]).sum() for name in names])
-        processes = self.accelerator.num_processes
         if processes > 1:
             summed = self.accelerator.reduce(summed.to(device), "sum")
         clamped = clamp_counts(dict(zip(names, summed.to(device).unbind(), strict=True)))

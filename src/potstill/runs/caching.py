@@ -1,0 +1,113 @@
+"""The teachers of a run, with their answers kept on disk where the recipe says so or where it pays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from potstill._version import __version__
+from potstill.errors import TrainingError
+from potstill.interfaces import TeacherSource
+from potstill.losses.objective import Objective
+from potstill.recipe import build
+from potstill.recipe.schema import CacheSpec, Recipe
+from potstill.runs.cache import content_hash, file_hash
+from potstill.runs.processes import process_state
+from potstill.teachers.cached import Cached
+from potstill.teachers.live import Deferred
+
+if TYPE_CHECKING:
+    from potstill.runs.steps import Run
+
+logger = logging.getLogger("potstill")
+
+KIND = "signals"
+"""What entries of the user's cache are called that hold teachers' answers."""
+
+
+def teacher_source(run: Run, name: str, *, strict: bool = False) -> TeacherSource:
+    """Return a teacher of a run as the student asks it: from the cache where that is asked for or pays, else live.
+
+    Args:
+        run: with the saved teacher.
+        name: the teacher's.
+        strict: whether what cannot be kept is an error, and a cache is used in any case.
+
+    Raises:
+        TrainingError: a cache is asked for, and random views are drawn without end.
+    """
+    wanted = cache_settings(run.recipe, name, strict=strict)
+    if wanted is None:
+        return run.live_teacher(name)
+    taps = build.teacher_taps(run.recipe, run.objective, name)
+    return Cached(
+        Deferred(partial(run.live_teacher, name), build.teacher_prefix(run.recipe, name)),
+        run.cache.root / KIND,
+        identity=_identity(run, name, taps),
+        precision=wanted.precision,
+        top_k=wanted.top_k,
+        strict=strict,
+        unmasked=_unmasked(run.objective),
+        room=(len(run.splits.train) * (run.recipe.train.views or 1), run.cache.limit),
+    )
+
+
+def close_caches(run: Run, teachers: Mapping[str, TeacherSource]) -> None:
+    """Say what the caches of a training were good for, give unused space back, and make room for others."""
+    for name, source in teachers.items():
+        if not isinstance(source, Cached):
+            continue
+        counts, process = source.counts, process_state().process_index
+        run.folder.event("cache", step="distilled", teacher=name, process=process, **asdict(counts))
+        logger.info("%s: %d answers from the cache, %d made", name, counts.found, counts.made + counts.kept_nothing)
+        source.close()
+        for folder in source.folders:
+            run.cache.used(folder)
+
+
+def cache_settings(recipe: Recipe, name: str, *, strict: bool = False) -> CacheSpec | None:
+    """Return how a teacher's answers are kept, or ``None`` where they are not.
+
+    Raises:
+        TrainingError: a cache is asked for, and random views are drawn without end.
+    """
+    asked, train = recipe.all_teachers[name].cache, recipe.train
+    if asked is False and not strict:
+        return None
+    endless = build.is_random_view(recipe, train) and train.views is None
+    if endless and (asked != "auto" or strict):
+        raise TrainingError(
+            f"the answers of the teacher '{name}' cannot be cached: each epoch shows new random views; say how many "
+            "there are, as in `train: {views: 8}`, or `cache: false`"
+        )
+    if asked == "auto" and not strict and (endless or train.epochs <= (train.views or 1)):
+        return None
+    return asked if isinstance(asked, CacheSpec) else CacheSpec()
+
+
+def _identity(run: Run, name: str, taps: list[str]) -> dict[str, Any]:
+    """Return all that a teacher's answers depend on beside the inputs, which are compared one by one."""
+    folder, spec = run.model_folder(name), run.recipe.train
+    files = {
+        file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json")
+    }
+    teacher = run.recipe.all_teachers[name]
+    random = build.is_random_view(run.recipe, spec)
+    data: dict[str, Any] = {"table": run.train_hash, "task": run.task_of(name).settings()}
+    if random:
+        data |= {"augment": run.recipe.data.augment if spec.augment is None else spec.augment}
+        data |= {"seed": run.recipe.data.seed}
+    form = {key: value for key in ("precision",) if (value := getattr(teacher, key, None)) is not None}
+    return {"files": content_hash(files), "taps": taps, "data": content_hash(data), "potstill": __version__, **form}
+
+
+def _unmasked(objective: Objective) -> set[str]:
+    """Return the teacher's signals that a term compares without a mask."""
+    found = set()
+    for _, term in objective.named_terms():
+        if not term.hard and (term.mask == "none" or term.per == "batch"):
+            found |= {signal.rpartition("/")[2] if "/" in signal else signal for signal in term.teacher}
+    return found - {"logits"}

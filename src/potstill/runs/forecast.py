@@ -1,0 +1,316 @@
+"""What a run will cost, measured on a few of its batches: memory, time of a step, and what would make it faster."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from potstill.data.batching import InMemory
+from potstill.errors import TrainingError
+from potstill.interfaces import Batch, TeacherSource
+from potstill.recipe import build
+from potstill.recipe.schema import TrainSpec
+from potstill.runs.caching import cache_settings
+from potstill.runs.plan import Plan
+from potstill.runs.processes import process_state
+from potstill.runs.training import make_trainer
+from potstill.teachers.cached import Cached
+from potstill.teachers.live import Live, Several
+from potstill.training.precision import HALVES, matrix_products
+from potstill.training.profile import Profile, profile
+from potstill.training.trainer import DistillationTrainer
+
+FLOOR, LIVE, CACHED = "student alone", "with its teacher", "with cached answers"
+_BATCHES = 6
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What training the student will cost.
+
+    Attributes:
+        device: where.
+        precision: in which arithmetic.
+        cached: whether the run uses a teacher's cache.
+        can_be_cached: whether a teacher's answers can be kept: there is one, and no random views without end.
+        step_ms: mean time of an optimizer step by how it is done: the student alone, with its teacher, with its
+            answers from a cache; those that the recipe has.
+        steps: of the whole training of the student.
+        memory: bytes by what takes them, at the largest batch.
+        faster: what would change the time of a step, with the factor by which it would be shorter; below 1: longer.
+    """
+
+    device: str
+    precision: str
+    cached: bool
+    can_be_cached: bool
+    step_ms: dict[str, float]
+    steps: int
+    memory: dict[str, int]
+    faster: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Of the distilled student's training, its first epoch without cached answers."""
+        own = self.step_ms.get(CACHED if self.cached else LIVE, self.step_ms[FLOOR])
+        return own * self.steps / 1000
+
+
+class Trial:
+    """Trainers of one recipe's student in several settings, tried on the same batches in turns.
+
+    Args:
+        plan: what the recipe means; its teachers need not be trained.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.device = process_state().device
+        self.folder = tempfile.TemporaryDirectory()
+
+    def forecast(self, *, budget_s: float = 20.0) -> Forecast:
+        """Return what the training will cost.
+
+        Args:
+            budget_s: after so many seconds no further round of measurements begins.
+        """
+        recipe, spec = self.plan.recipe, self.plan.recipe.train
+        precision = build.precision_of(spec)
+        trainers = {FLOOR: self.trainer(spec, None)}
+        if recipe.all_teachers:
+            live = self.live
+            trainers[LIVE] = self.trainer(spec, live)
+            trainers[CACHED] = self.trainer(spec, self._cached(live))
+        own = CACHED if CACHED in trainers else FLOOR
+        others = {name: self.trainer(changed, trainers[own].teacher) for name, changed in _variants(spec).items()}
+        precisions = {name: build.precision_of(changed) for name, changed in _variants(spec).items()}
+        every = {**trainers, **others}
+        seconds = self._measured(every, {**dict.fromkeys(trainers, precision), **precisions}, budget_s)
+        faster = {name: seconds[own] / seconds[name] for name in others}
+        cached = any(cache_settings(recipe, name) is not None for name in recipe.all_teachers)
+        possible = bool(recipe.all_teachers) and not (build.is_random_view(recipe, spec) and spec.views is None)
+        if possible and not cached:
+            faster["teacher.cache=true"] = seconds[LIVE] / seconds[CACHED]
+        faster |= self._padding(spec)
+        memory = self._memory(trainers[own])
+        step_ms = {name: 1000 * seconds[name] for name in trainers}
+        return Forecast(
+            str(self.device), precision, cached, possible, step_ms, self._steps(trainers[FLOOR]), memory, faster
+        )
+
+    def profile(self, *, steps: int = 30, trace: Path | None = None) -> Profile:
+        """Return where the time of a step goes, the teacher's answers as the recipe has them."""
+        recipe = self.plan.recipe
+        quiet = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        spec = TrainSpec(**{**dict(recipe.train), **quiet})
+        cached = any(cache_settings(recipe, name) is not None for name in recipe.all_teachers)
+        source = None if not recipe.all_teachers else self._cached(self.live) if cached else self.live
+        trainer = self.trainer(spec, source)
+        with matrix_products(build.precision_of(spec)):
+            if cached and source is not None:
+                self._ask(trainer, source, steps)
+            return profile(trainer, trace=trace)
+
+    def trainer(self, spec: TrainSpec, source: TeacherSource | None) -> DistillationTrainer:
+        """Return a trainer of a fresh student."""
+        plan = self.plan
+        objective = build.make_objective(plan.recipe, plan.task)
+        return make_trainer(
+            plan,
+            "distilled",
+            plan.student(),
+            TrainSpec(**{**dict(spec), "callbacks": []}),
+            objective if source is not None else objective.hard_only(),
+            folder=Path(self.folder.name),
+            seed=plan.recipe.seed,
+            teacher=source,
+        )
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def live(self) -> TeacherSource:
+        """The teachers as they are before any training."""
+        plan, recipe = self.plan, self.plan.recipe
+        task = build.prepared_for_distillation(recipe, plan.task, plan.processors)
+        found: dict[str, TeacherSource] = {}
+        for name, spec in recipe.all_teachers.items():
+            facts = plan.task_of(name).facts()
+            model = build.make_blueprint(spec).build(facts, seed=recipe.seed, allow_code=plan.allow_code)
+            taps = build.teacher_taps(recipe, plan.objective, name)
+            prefix = build.teacher_prefix(recipe, name)
+            found[name] = Live(model, taps, forward=task.forward, prefix=prefix).to(self.device)
+        return Several(found) if len(found) > 1 else next(iter(found.values()))
+
+    def _ask(self, trainer: DistillationTrainer, source: TeacherSource, steps: int) -> None:
+        """Let a cache know the answers to the first batches, as it does after the first epoch."""
+        state = torch.random.get_rng_state()
+        with trainer.accelerator.autocast():
+            for _, batch in zip(range(steps + 2), trainer.get_train_dataloader(), strict=False):
+                source(batch)
+        torch.random.set_rng_state(state)
+
+    def _cached(self, live: TeacherSource) -> TeacherSource:
+        sources = dict(live.teachers) if isinstance(live, Several) else {"teacher": live}
+        made: dict[str, TeacherSource] = {}
+        for name, each in sources.items():
+            folder = Path(self.folder.name) / f"cache-{name}"
+            made[name] = Cached(each, folder, identity=name)
+        return Several(made) if isinstance(live, Several) else made["teacher"]
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """A few training batches, from the shortest texts to the longest."""
+        trainer = self.trainer(self.plan.recipe.train, None)
+        task = build.prepared_for_distillation(self.plan.recipe, self.plan.task, self.plan.processors)
+        recipe = self.plan.recipe
+        dataset: Any = build.training_set(recipe, task, recipe.train, self.plan.splits.train, recipe.seed)
+        with torch.random.fork_rng(devices=[]):
+            parts = [list(part) for part in trainer.get_train_dataloader().batch_sampler]
+        lengths = getattr(dataset, "lengths", None)
+        if lengths is not None:
+            parts.sort(key=lambda part: len(part) * int(np.asarray(lengths)[part].max()))
+        places = np.unique((np.arange(_BATCHES) + 0.5) / _BATCHES * len(parts)).astype(int)
+        made = [dataset.__getitems__(parts[place]) for place in np.unique(places)]
+        return [{name: value.to(self.device) for name, value in batch.items()} for batch in made]
+
+    def _measured(
+        self, trainers: Mapping[str, DistillationTrainer], precisions: Mapping[str, str], budget_s: float
+    ) -> dict[str, float]:
+        """Return the mean time of a step of each in seconds: for each batch its least, for others only add to it."""
+        taken: dict[str, list[list[float]]] = {name: [[] for _ in self.batches] for name in trainers}
+        steps = {name: _Step(trainer) for name, trainer in trainers.items()}
+        end = time.perf_counter() + budget_s
+        for turn in range(12):
+            for name, step in steps.items():
+                for place, batch in enumerate(self.batches):
+                    with matrix_products(precisions[name]):
+                        begin = self._now()
+                        step(batch)
+                        if turn:
+                            taken[name][place].append(self._now() - begin)
+            if turn > 1 and time.perf_counter() > end:
+                break
+        return {name: statistics.mean(min(each) for each in rows) for name, rows in taken.items()}
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _padding(self, spec: TrainSpec) -> dict[str, float]:
+        """Return what grouping by length saves, counted in tokens with their padding."""
+        train: Any = self.trainer(spec, None).train_dataset
+        lengths = getattr(train, "lengths", None)
+        if lengths is None or spec.group_by_length:
+            return {}
+        shuffled = np.random.default_rng(0).permutation(np.asarray(lengths))
+        grouped = np.sort(shuffled)
+        padded = [sum(part.max() * len(part) for part in _parts(each, spec.batch_size)) for each in (shuffled, grouped)]
+        return {"train.group_by_length=true": float(padded[0] / padded[1])}
+
+    def _memory(self, trainer: DistillationTrainer) -> dict[str, int]:
+        """Return the bytes that the training takes at the largest of the batches."""
+        module = trainer.distillation_module
+        step, largest = _Step(trainer), max(self.batches, key=lambda batch: sum(v.numel() for v in batch.values()))
+        with _saved(module) as saved:
+            step(largest)
+        optimizer = [v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        models = [each.model.model for each in _lives(self.live)] if self.plan.recipe.all_teachers else []
+        found = {
+            "student": _bytes(module),
+            "gradients": trained,
+            "optimizer": sum(each.numel() * each.element_size() for each in optimizer),
+            "activations": saved[0],
+            "teachers": sum(_bytes(model) for model in models),
+        }
+        dataset: Any = trainer.train_dataset
+        if isinstance(dataset, InMemory):
+            found["data"] = sum(value.numel() * value.element_size() for value in dataset.columns.values())
+        return found
+
+    def _steps(self, trainer: DistillationTrainer) -> int:
+        loader = trainer.get_train_dataloader()
+        own = self.plan.recipe.train
+        if trainer.args.max_steps > 0:
+            return int(trainer.args.max_steps)
+        return max(1, int(len(loader) // trainer.args.gradient_accumulation_steps * own.epochs))
+
+
+class _Step:
+    """One optimizer step as the trainer does it, without what is around it."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+        trainer.materialize()
+        self.model = trainer.distillation_module
+        self.optimizer = trainer.create_optimizer()
+
+    def __call__(self, batch: Batch) -> None:
+        trainer = self.trainer
+        self.model.train()
+        _, counts = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        with trainer.accelerator.autocast():  # as accelerate wraps the model that it prepares
+            loss = trainer.compute_loss(self.model, batch, num_items_in_batch=counts)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _variants(spec: TrainSpec) -> dict[str, TrainSpec]:
+    """Return the settings that may be faster, by how a recipe says them."""
+    now = build.precision_of(spec)
+    base = {key: value for key, value in dict(spec).items() if key not in HALVES}
+    found = {}
+    for precision in ("fp32", "medium", "bf16"):
+        if precision != now:
+            try:
+                changed = TrainSpec(**{**base, "precision": precision})
+                build.precision_of(changed)
+            except TrainingError:
+                continue
+            found[f"train.precision={precision}"] = changed
+    if spec.optimizer in ("AdamW", "adamw", "adamw_torch"):
+        found["train.optimizer=adamw_torch_fused"] = TrainSpec(**{**dict(spec), "optimizer": "adamw_torch_fused"})
+    return found
+
+
+def _parts(lengths: Any, size: int) -> list[Any]:
+    return [lengths[start : start + size] for start in range(0, len(lengths), size)]
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in (*module.parameters(), *module.buffers()))
+
+
+def _lives(source: Any) -> list[Any]:
+    return list(source.teachers.values()) if isinstance(source, Several) else [source]
+
+
+@contextmanager
+def _saved(module: nn.Module) -> Iterator[list[int]]:
+    """Count the bytes that are kept for the backward pass inside the block, the parameters left out."""
+    known = {each.untyped_storage().data_ptr() for each in module.parameters()}
+    total = [0]
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            total[0] += storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        yield total
