@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from potstill.recipe.load import load_recipe as load_recipe
     from potstill.recipe.schema import Recipe as Recipe
     from potstill.runs.steps import Run as Run
+    from potstill.teachers.cached import Cached as Cached
     from potstill.teachers.live import Live as Live
     from potstill.training.module import DistillationModule as DistillationModule
     from potstill.training.trainer import DistillationTrainer as DistillationTrainer
 
 _PUBLIC = {
+    "Cached": "potstill.teachers.cached",
     "DistillationConfig": "potstill.distiller",
     "Distiller": "potstill.distiller",
     "StudentConfig": "potstill.distiller",

@@ -15,7 +15,7 @@ from potstill.interfaces import Batch
 from potstill.models.plain import Mlp
 from potstill.teachers.cached import Cached, uncached, weights_hash
 from potstill.teachers.live import Deferred, Live, Several
-from potstill.teachers.tags import tags
+from potstill.teachers.tags import _multipliers, _words, tags
 from tests.training import tiny
 
 
@@ -312,3 +312,22 @@ def test_tags_of_images_that_are_black_and_white_are_all_different():
     pixels = (torch.rand(4000, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     found = tags({"pixel_values": pixels}, ["pixel_values"])
     assert len(set(found.tolist())) == len({row.numpy().tobytes() for row in pixels})
+
+
+def _elsewhere(value):
+    words = _words(value)
+    return (words * _multipliers(words.shape[1], words.device)).sum(1)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (5,), (), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_tags_are_the_same_on_every_device(shape, dtype, monkeypatch):
+    """What one process makes on an accelerator another finds on a processor."""
+    value = (torch.rand(6, *shape, generator=torch.Generator().manual_seed(0)) * 250).to(dtype)
+    here = tags({"pixel_values": value}, ["pixel_values"])
+    monkeypatch.setattr("potstill.teachers.tags._hashed", lambda v: _elsewhere(v).numpy())
+    assert np.array_equal(tags({"pixel_values": value}, ["pixel_values"]), here)
+    backwards = (
+        torch.flip(value, [0]).flip(0) if value.ndim == 1 else value.transpose(0, -1).contiguous().transpose(0, -1)
+    )
+    assert np.array_equal(tags({"pixel_values": backwards}, ["pixel_values"]), here)

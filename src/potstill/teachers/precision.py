@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -72,9 +73,20 @@ def computing_in(precision: str | None, device: torch.device) -> AbstractContext
     """Return the context in which a teacher computes; ``None`` leaves it to whoever calls."""
     if precision is None:
         return nullcontext()
-    if precision in _HALF:
-        return torch.autocast(device.type, _HALF[precision])
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else _full(device)
+
+
+@contextmanager
+def _full(device: torch.device) -> Iterator[None]:
+    """Switch off what makes fp32 products of bf16 ones: autocast, and the setting ``medium``."""
+    before = torch.get_float32_matmul_precision()
+    if before == "medium":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def quantized(model: nn.Module) -> nn.Module:

@@ -227,7 +227,8 @@ class _Pair:
         """Return what the answer of a layer depends on beside weights and inputs."""
         kinds = {leaf.device.type for leaf in inputs.leaves if isinstance(leaf, Tensor)}
         autocast = {kind: torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in kinds}
-        return autocast, [str(config._attn_implementation).removeprefix("potstill_") for config in configs]
+        attention = [str(config._attn_implementation).removeprefix("potstill_") for config in configs]
+        return autocast, torch.get_float32_matmul_precision(), attention
 
 
 def _find(student: nn.Module, teacher: nn.Module) -> Iterator[_Pair]:

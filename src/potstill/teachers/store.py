@@ -36,7 +36,9 @@ _LOW = np.uint64((1 << 40) - 1)
 _FEWEST_SLOTS = 1024
 _MOST_IDS = 1 << 34
 _SMALLEST, _LARGEST = 2**20, 2**30
-_KEPT = 2**28
+_AROUND = 2**16
+"""Bytes around a place that the system maps with it."""
+_KEPT = 2**30
 """Bytes that may be read or written through mappings before the pages are given back."""
 
 
@@ -141,7 +143,7 @@ class Store:
         words = _take(data, starts, counts, width)
         if (_checksum(words, counts, lengths, tags, width) != slots[:, _CHECK]).any():
             return None
-        self._touch(words.nbytes)
+        self._touch(len(slots), words.nbytes)
         none = np.zeros(len(slots), np.bool_)
         return Found(~none, none, none, words, counts, lengths, [])
 
@@ -171,7 +173,7 @@ class Store:
     def _gathered(self, files: Ints, starts: Ints, counts: Ints) -> Words:
         """Return the words of all records, one record after another."""
         total = int(counts.sum())
-        self._touch(8 * total)
+        self._touch(len(counts), 8 * total)
         numbers = np.unique(files[counts > 0])
         if len(numbers) == 1:
             return _take(self._files[int(numbers[0])], starts, counts)
@@ -217,7 +219,7 @@ class Store:
         slots[:, _SIZE] = (lengths.astype(np.uint64) << _BITS) | counts.astype(np.uint64)
         index[ids] = slots
         self._records, self._words = self._records + len(ids), self._words + len(words)
-        self._touch(8 * len(words))
+        self._touch(1, 8 * len(words))
 
     @property
     def bytes_per_record(self) -> float:
@@ -283,7 +285,7 @@ class Store:
     def _index(self, view: int, *, fresh: bool = False) -> np.memmap[Any, Any]:
         if fresh or view not in self._indexes:
             path = self.folder / f"view-{view:05d}.index"
-            if not path.exists():
+            if not path.exists() or path.stat().st_size < SLOT_BYTES:  # made, and not yet given its length
                 return self._longer_index(view, _FEWEST_SLOTS)
             self._indexes[view] = _mapped_index(path)
         return self._indexes[view]
@@ -312,9 +314,9 @@ class Store:
             self._files[number] = np.memmap(path, np.uint64, "r", shape=(size,))
         return self._files[number]
 
-    def _touch(self, count: int) -> None:
-        """Give the pages back now and then, so that memory does not grow with what was read."""
-        self._touched += count
+    def _touch(self, places: int, size: int) -> None:
+        """Give the pages back now and then, so that memory does not grow with what was read in so many places."""
+        self._touched += size + _AROUND * places
         if self._touched > _KEPT:
             self._touched = 0
             for each in (*self._files.values(), *self._indexes.values()):
@@ -344,7 +346,7 @@ def _file_name(number: int) -> str:
 
 
 def _mapped_index(path: Path) -> np.memmap[Any, Any]:
-    return np.memmap(path, np.uint64, "r+").reshape(-1, _SLOT)  # type: ignore[return-value]
+    return np.memmap(path, np.uint64, "r+", shape=(path.stat().st_size // SLOT_BYTES, _SLOT))
 
 
 def _allocate(path: Path, size: int) -> None:
