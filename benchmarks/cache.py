@@ -132,6 +132,7 @@ def million(samples: int = 1_000_000, size: int = 256) -> dict[str, Any]:
 
 # ---- kills ---------------------------------------------------------------------------------------------------------
 
+VIEWS = 8
 SHIFTED = [
     "data.augment=[]",
     "train.augment=[{shift: {pixels: 1}}]",
@@ -140,7 +141,7 @@ SHIFTED = [
     "teacher.seed=0",
     "student.kwargs.dropout=0.1",
     "train.epochs=10",
-    "train.views=8",
+    f"train.views={VIEWS}",
     "train.save_steps=0.05",
     "teacher.cache={precision: fp16}",
     "baseline.enabled=false",
@@ -160,9 +161,10 @@ def finished(process: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"the run failed:\n{errors.decode()[-3000:]}")
 
 
-def begun(folder: Path) -> bool:
-    events = folder / "events.jsonl"
-    return events.is_file() and '"event": "training", "step": "distilled"' in events.read_text()
+def wait_for_view(cache: Path, view: int) -> None:
+    """Wait until the first answer of a view is being written."""
+    while not list(cache.glob(f"signals/*/view-{view:05d}.index")):
+        time.sleep(0.002)
 
 
 def entries(cache: Path) -> dict[int, dict[int, tuple[bytes, bytes]]]:
@@ -196,12 +198,10 @@ def kills(count: int, seed: int) -> dict[str, Any]:
     base = work / "base"
     shutil.copytree(teachers, base)
     process = run(work / "whole", base, "digits", *SHIFTED)
-    while not begun(work / "whole"):
-        time.sleep(0.01)
+    wait_for_view(base, 0)
     start = time.perf_counter()
-    while not (work / "whole/steps/distilled.json").exists():
-        time.sleep(0.01)
-    duration = time.perf_counter() - start
+    wait_for_view(base, VIEWS - 1)
+    duration = (time.perf_counter() - start) * VIEWS / (VIEWS - 1)
     finished(process)
     wanted, records = load_file(work / "whole/models/distilled/model.safetensors"), entries(base)
     outcomes = []
@@ -209,9 +209,8 @@ def kills(count: int, seed: int) -> dict[str, Any]:
         folder, cache = work / f"run-{number}", work / f"cache-{number}"
         shutil.copytree(teachers, cache)
         process = run(folder, cache, "digits", *SHIFTED)
-        while not begun(folder):
-            time.sleep(0.005)
-        moment = draw.uniform(0.0, 0.95) * duration
+        wait_for_view(cache, 0)
+        moment = draw.uniform(0.0, 1.0) * duration
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -19,13 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-BORN = time.perf_counter()
-SPEAK = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # what libraries print goes to standard error
-
-import torch  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from torch.nn import functional as F
+from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     Trainer,
@@ -33,18 +29,19 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from potstill.data.batching import LengthSampler, batches, length_order  # noqa: E402
-from potstill.data.load import load_splits  # noqa: E402
-from potstill.losses import distillation_loss  # noqa: E402
-from potstill.models.plain import Mlp  # noqa: E402
-from potstill.recipe import build  # noqa: E402
-from potstill.recipe.load import load_recipe  # noqa: E402
-from potstill.runs.plan import Plan  # noqa: E402
-from potstill.runs.training import make_trainer  # noqa: E402
-from potstill.teachers.cached import Cached  # noqa: E402
-from potstill.teachers.live import Live  # noqa: E402
+from potstill.data.batching import LengthSampler, batches, length_order
+from potstill.data.load import load_splits
+from potstill.losses import distillation_loss
+from potstill.models.plain import Mlp
+from potstill.recipe import build
+from potstill.recipe.load import load_recipe
+from potstill.runs.plan import Plan
+from potstill.runs.training import make_trainer
+from potstill.teachers.cached import Cached
+from potstill.teachers.live import Live
 
 FOREVER = 10**6
+SPEAK = 1
 SAY = {
     "liar": ("liar-minilm", ["objective.low=", "objective.middle=", "objective.high="]),
     "mnist": ("mnist-hinton", ["objective.preset=", "objective.temperature=", "objective.weight="]),
@@ -68,7 +65,7 @@ class Turns:
     def wait(self) -> None:
         if not self.is_ready:
             self.is_ready = True
-            say(ready=True, start_s=time.perf_counter() - BORN)
+            say(ready=True, start_s=since_birth())
         line = sys.stdin.readline().split()
         if not line or line[0] == "quit":
             os._exit(0)
@@ -77,7 +74,13 @@ class Turns:
 
 
 def say(**line: Any) -> None:
-    SPEAK.write(json.dumps(line) + "\n")
+    os.write(SPEAK, (json.dumps(line) + "\n").encode())
+
+
+def since_birth() -> float:
+    """Seconds since this process began, the imports included."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Clock(TrainerCallback):
@@ -284,6 +287,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher")
     options = parser.parse_args()
+    global SPEAK
+    SPEAK = os.dup(1)
+    os.dup2(2, 1)  # what libraries print goes to standard error
     torch.set_num_threads(2)
     family, _, kind = options.contender.partition(":")
     CONTENDERS[family](kind, options.pair, options, Turns())

@@ -131,6 +131,27 @@ def test_train_false_only_warns(bert: str, distilbert: str) -> None:
     assert any("teaches noise" in note for note in done.metrics.notes)
 
 
+@pytest.mark.parametrize(
+    ("cache", "epochs", "is_kept"),
+    [("auto", 2, True), ("auto", 1, False), (True, 1, True), (False, 2, False), ({"precision": "fp16"}, 2, True)],
+)
+def test_a_teachers_answers_are_kept_on_disk(
+    judge: str, distilbert: str, tmp_path: Path, cache: Any, epochs: int, is_kept: bool
+) -> None:
+    config = DistillationConfig(label_names=["negative", "positive"], baseline=False)
+    made = Distiller(TeacherModel(TeacherConfig(judge, cache=cache)), StudentModel(StudentConfig(distilbert)), config)
+    done = made.distill(table(), table(), args={**QUICK, "epochs": epochs})
+    assert (tmp_path / "cache/signals").exists() == is_kept
+    found = [(event["found"], event["made"]) for event in done.run.folder.events() if event["event"] == "cache"]
+    assert found == ([((epochs - 1) * len(ROWS), len(ROWS))] if is_kept else [])
+
+
+def test_a_cache_that_there_is_not(judge: str, distilbert: str) -> None:
+    teacher = TeacherModel(TeacherConfig(judge, cache={"top": 3}))
+    with pytest.raises(RecipeError, match=r"teacher\.cache.*top"):
+        Distiller(teacher, StudentModel(StudentConfig(distilbert))).distill(table(), table(), args=QUICK)
+
+
 def test_train_takes_the_keys_of_a_recipe(bert: str, distilbert: str) -> None:
     teacher = TeacherModel(TeacherConfig(bert, train={"epochs": 2, "batch_size": 8}))
     done = Distiller(teacher, StudentModel(StudentConfig(distilbert))).distill(table(), table(), args=QUICK)

@@ -66,6 +66,8 @@ class TeacherConfig:
         labels: ``"dataset"`` where its outputs are the data's classes in their order, whatever names it has for them.
         kwargs: options of the model.
         weights: a file of weights to load into it.
+        cache: whether its answers are kept on disk: ``"auto"`` where the student sees each sample more than once,
+            ``True``, ``False``, or settings such as ``{"precision": "fp16", "top_k": 64}``.
     """
 
     model_name_or_path: str
@@ -75,6 +77,7 @@ class TeacherConfig:
     train: Literal["auto"] | bool | Mapping[str, Any] = "auto"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    cache: bool | Literal["auto"] | Mapping[str, Any] = "auto"
 
 
 @dataclass(frozen=True)
@@ -290,7 +293,8 @@ class Distiller:
         """Return the recipe that this distillation is."""
         teacher, student, names = self.teacher.config, self.student.config, self.config.label_names
         labelled = str(task["label"]) in splits.train.column_names
-        who: dict[str, Any] = {"model": teacher.model_name_or_path, "kwargs": dict(teacher.kwargs)}
+        cache = dict(teacher.cache) if isinstance(teacher.cache, Mapping) else teacher.cache
+        who: dict[str, Any] = {"model": teacher.model_name_or_path, "kwargs": dict(teacher.kwargs), "cache": cache}
         who |= {key: value for key in ("weights", "labels") if (value := getattr(teacher, key)) is not None}
         content = content_hash({name: table_hash(table) for name, table in tables.items()})
         tree: dict[str, Any] = {

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,12 @@ import yaml
 from typer.testing import CliRunner
 
 from potstill import __version__, registry
-from potstill.cli import app, main
+from potstill.cli import app
 from potstill.experiments.seeds import SeedSummary
 from potstill.recipe.load import load_recipe, packaged_recipes
 from potstill.runs.folder import RunFolder
 from potstill.runs.metrics import RunMetrics
+from tests.cli.saying import Command, Said, process, refused
 
 VERBS = ("distill", "check", "plan", "show", "evaluate", "report", "list", "copy", "new", "cache")
 KINDS = (
@@ -41,84 +39,6 @@ KINDS = (
 )
 TINY = ("data.limit.train=64", "train.epochs=2", "teacher.train.epochs=2", "evaluate.resamples=100")
 ANSI = re.compile(r"\x1b\[|\r")
-
-IRIS = """\
-name: flowers
-task: {name: tabular-classification}
-data: {source: sklearn, path: load_iris}
-teacher: {model: "potstill:mlp", kwargs: {hidden: [8]}, train: {epochs: 10, learning_rate: 0.02}}
-student: {model: "potstill:mlp"}
-objective: {soft: {loss: kl, weight: 0.7}, hard: {loss: cross_entropy, weight: 0.3}}
-train: {epochs: 1}
-evaluate: {resamples: 100, latency: false}
-"""
-
-
-@dataclass
-class Said:
-    """What a command said and how it ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """Every training begins with a full garbage collection, which need not look through all that was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def potstill(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """The command line in this process, with the streams as a shell's pipe would get them."""
-    root, own = logging.getLogger(), logging.getLogger("potstill")
-    before = root.handlers[:], root.level, own.level
-    for name in ("FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: str) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["potstill", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return Said(int(ended.value.code or 0), out, err)
-
-    yield run
-    root.handlers[:], root.level = before[:2]
-    own.setLevel(before[2])
-
-
-def process(*arguments: str, cwd: Path, cache: Path) -> Said:
-    """The command line as a process of its own."""
-    environment = {**os.environ, "POTSTILL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    for name in ("FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE"):
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "potstill", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-    return Said(done.returncode, done.stdout, done.stderr)
-
-
-def refused(said: Said, *parts: str) -> None:
-    """A user's mistake: status 2, nothing on stdout, the message on stderr, no traceback."""
-    assert said.status == 2, said
-    assert said.out == ""
-    assert "Traceback" not in said.err
-    for part in parts:
-        assert part in said.err, said.err
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "flowers.yaml"
-    path.write_text(IRIS)
-    return path
 
 
 class TestHelp:

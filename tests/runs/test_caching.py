@@ -284,3 +284,10 @@ def test_agreement_on_the_validation_split_asks_no_cache(tmp_path: Path, cache: 
     asked = recipe(True, train={**TREE["train"], "callbacks": ["agreement"]})
     run = execute(asked, tmp_path / "run", cache)
     assert counts(run) == [(288, 96)]
+
+
+def test_a_large_table_is_known_by_some_of_its_rows(tmp_path: Path, cache: Cache, monkeypatch: Any) -> None:
+    monkeypatch.setattr("potstill.runs.caching._LARGE", 10)
+    runs = [execute(recipe(True, seed=seed), tmp_path / str(seed), cache) for seed in (1, 2)]
+    other = execute(recipe(True, data={**TREE["data"], "seed": 7}), tmp_path / "other", cache)
+    assert [counts(run) for run in (*runs, other)] == [[(288, 96)], [(384, 0)], [(288, 96)]]

@@ -21,6 +21,7 @@ from potstill.teachers.compiled import Compiled
 from potstill.teachers.forms import Faithfulness, faithfulness, fastest, has_native_bf16
 from potstill.teachers.live import Live
 from potstill.teachers.precision import tried_precision
+from potstill.training.precision import matrix_products
 from tests.training import tiny
 
 TAPS = ["hidden.1", "attention.2", "query.1", "bert.encoder.layer.0.output", "clone:bert.embeddings"]
@@ -58,7 +59,6 @@ class Broken(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         inner = self.first(x)
-        print(end="")
         return self.last(inner * 2 if inner.sum().item() > 0 else inner)
 
 
@@ -83,6 +83,20 @@ def test_a_precision_of_its_own_holds_whatever_that_of_the_caller_is():
         with torch.autocast("cpu", torch.bfloat16, enabled=caller):
             assert equal(Live(model, TAPS, precision="fp32")(batch), exact)
             assert equal(Live(model, TAPS, precision="bf16")(batch), half)
+
+
+@pytest.mark.parametrize(("own", "inside"), [(None, "medium"), ("fp32", "highest"), ("bf16", "medium")])
+def test_fp32_is_not_made_of_bf16_products(own: Any, inside: str):
+    seen = []
+
+    def forward(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        seen.append(torch.get_float32_matmul_precision())
+        return {"logits": model(batch["features"])}
+
+    with matrix_products("medium"):
+        Live(Mlp(4, 3, [8]), forward=forward, precision=own)(rows())
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert seen == [inside]
 
 
 def test_fp16_is_refused_on_a_cpu_where_it_is_slow():

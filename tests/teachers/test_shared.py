@@ -22,6 +22,7 @@ from potstill.models.student import cut
 from potstill.teachers.cached import Cached
 from potstill.teachers.live import Live
 from potstill.teachers.shared import SharedLayers, Sharing
+from potstill.training.precision import matrix_products
 from potstill.training.trainer import DistillationTrainer
 from tests.training.tiny import arguments, flat, pairs
 
@@ -214,6 +215,9 @@ def test_another_precision_is_not_shared(attentions: Counts):
     found = step(SharedLayers(student, teacher), teacher, student, texts(), precision="bf16")
     assert torch.equal(found["logits"], wanted)
     assert attentions.taken() == 4 + 3
+    with matrix_products("medium"):
+        step(SharedLayers(student, teacher), teacher, student, texts(), precision="fp32")
+    assert attentions.taken() == 4 + 3, "products of bfloat16 in the student alone"
     with torch.autocast("cpu", torch.bfloat16):
         step(SharedLayers(student, teacher), teacher, student, texts())
     assert attentions.taken() == 4 + 1, "both in bfloat16"
@@ -359,10 +363,15 @@ def test_nothing_is_left_and_nothing_is_held():
     layers, kept = SharedLayers(student, teacher), []
     for module in (teacher.bert.encoder.layer[0], student.bert.encoder.layer[0]):
         module.register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
-    with pytest.raises(ZeroDivisionError), layers:
-        Live(teacher)(texts())
-        respond(student, texts())
-        raise ZeroDivisionError
+
+    def fails() -> None:
+        with layers:
+            Live(teacher)(texts())
+            respond(student, texts())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert len(kept) == 2
     assert [reference() for reference in kept] == [None, None]
     assert not any("forward" in vars(module) for module in [*teacher.modules(), *student.modules()])

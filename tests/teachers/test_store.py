@@ -57,6 +57,15 @@ def test_what_was_not_written_is_not_found(store):
     assert not read(store, [3], view=1).whole.any()
 
 
+@pytest.mark.parametrize("left", [b"", bytes(31)])
+def test_an_index_that_a_killed_process_made_and_gave_no_length(store, left):
+    """Another process may be seen at the same point, between the two."""
+    (store.folder / "view-00000.index").write_bytes(left)
+    assert not read(store, [3]).whole.any()
+    write(store, [3, 4])
+    assert read(store, [3, 4]).whole.all()
+
+
 def test_records_of_any_length(store):
     counts = np.array([3, 0, 11, 1])
     words = np.arange(15, dtype=np.uint64) + np.uint64(9)

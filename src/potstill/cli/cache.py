@@ -60,6 +60,7 @@ def fill(
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     from potstill.recipe.load import load_recipe
+    from potstill.runs.caching import cache_settings
     from potstill.runs.filling import fill, forecast
     from potstill.runs.plan import Plan
     from potstill.runs.steps import Run
@@ -69,6 +70,8 @@ def fill(
         from potstill.errors import RunError
 
         raise RunError("the recipe has no teacher, so there is nothing to cache")
+    for name in loaded.all_teachers:
+        cache_settings(loaded, name, strict=True)  # what cannot be cached is said before a teacher is trained
     if plan:
         made = Plan(loaded, allow_code=allow_code)
         for name in loaded.all_teachers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ def plan(
 ) -> None:
     """Measure on a few batches what a run will cost: memory, time against the student alone, and what is faster."""
     set_up_logging(quiet=True, verbose=verbose)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch, whose profiler talks to standard error
     from potstill.recipe.load import load_recipe
     from potstill.runs.filling import forecast
     from potstill.runs.forecast import Trial

@@ -60,6 +60,7 @@ def check_components(tree: Mapping[str, Any], *, allow_code: bool, folder: Path 
     problems += _named(tree.get("scheme"), schemes, ("scheme",), SchemeSpec, allow_code)
     for path in (("train",), ("baseline", "train")):
         problems += check_train(_section(tree, *path), path, allow_code=allow_code)
+    problems += _baseline_precision(_section(tree, "train"), _section(tree, "baseline", "train"))
     return problems + _ignored(_list(_section(tree, "preflight").get("ignore")))
 
 
@@ -74,7 +75,7 @@ def rooted(text: str, folder: Path | None) -> str:
 
 def check_train(train: Mapping[str, Any], path: Path_, *, allow_code: bool) -> list[Problem]:
     """Return every mistake in a ``train:`` section: arguments, optimizer, scheduler, callbacks."""
-    problems = _training_arguments(train, path)
+    problems = _training_arguments(train, path) + _precision(train, path)
     if not train:
         return problems
     from potstill.training.optimizers import check_choice
@@ -92,6 +93,23 @@ def check_train(train: Mapping[str, Any], path: Path_, *, allow_code: bool) -> l
         else:
             problems += callbacks.check(name, options, path=(*where, name), allow_code=allow_code)
     return problems
+
+
+def _precision(train: Mapping[str, Any], path: Path_) -> list[Problem]:
+    """A precision is said once: as ``precision`` or as Trainer's ``bf16`` or ``fp16``."""
+    beside = next((name for name in ("bf16", "fp16") if train.get(name)), None)
+    if beside is None or train.get("precision") is None:
+        return []
+    message = f"expected one precision, got {train['precision']} and `{beside}: true`"
+    return [Problem((*path, "precision"), message, "leave out one of them")]
+
+
+def _baseline_precision(train: Mapping[str, Any], own: Mapping[str, Any]) -> list[Problem]:
+    """The baseline has the settings of ``train`` too, so that two precisions may come together only there."""
+    if not own or _precision(train, ()) or _precision(own, ()):
+        return []
+    key = next((key for key in ("precision", "bf16", "fp16") if own.get(key)), "precision")
+    return [replace(each, path=("baseline", "train", key)) for each in _precision({**train, **own}, ())]
 
 
 def _ignored(names: Sequence[Any]) -> list[Problem]:

@@ -8,14 +8,17 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
+
 from potstill._version import __version__
 from potstill.errors import TrainingError
 from potstill.interfaces import TeacherSource
 from potstill.losses.objective import Objective
 from potstill.recipe import build
 from potstill.recipe.schema import CacheSpec, Recipe
-from potstill.runs.cache import content_hash, file_hash
+from potstill.runs.cache import content_hash, file_hash, table_hash
 from potstill.runs.processes import process_state
+from potstill.runs.teachers import form_of
 from potstill.teachers.cached import Cached
 from potstill.teachers.live import Deferred
 
@@ -26,6 +29,10 @@ logger = logging.getLogger("potstill")
 
 KIND = "signals"
 """What entries of the user's cache are called that hold teachers' answers."""
+
+
+_LARGE = 2**31
+"""Bytes of a table from which on it is not hashed whole."""
 
 
 def teacher_source(run: Run, name: str, *, strict: bool = False) -> TeacherSource:
@@ -60,9 +67,11 @@ def close_caches(run: Run, teachers: Mapping[str, TeacherSource]) -> None:
     for name, source in teachers.items():
         if not isinstance(source, Cached):
             continue
-        counts, process = source.counts, process_state().process_index
-        run.folder.event("cache", step="distilled", teacher=name, process=process, **asdict(counts))
-        logger.info("%s: %d answers from the cache, %d made", name, counts.found, counts.made + counts.kept_nothing)
+        every: list[dict[str, int]] = gather_object([asdict(source.counts)])
+        total = {key: sum(each[key] for each in every) for key in every[0]}
+        if process_state().is_main_process:
+            run.folder.event("cache", step="distilled", teacher=name, **total)
+        logger.info("%s: %d answers from the cache, %d made", name, total["found"], total["made"])
         source.close()
         for folder in source.folders:
             run.cache.used(folder)
@@ -94,14 +103,21 @@ def _identity(run: Run, name: str, taps: list[str]) -> dict[str, Any]:
     files = {
         file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json")
     }
-    teacher = run.recipe.all_teachers[name]
     random = build.is_random_view(run.recipe, spec)
-    data: dict[str, Any] = {"table": run.train_hash, "task": run.task_of(name).settings()}
+    data: dict[str, Any] = {"table": _table(run), "task": run.task_of(name).settings()}
     if random:
         data |= {"augment": run.recipe.data.augment if spec.augment is None else spec.augment}
         data |= {"seed": run.recipe.data.seed}
-    form = {key: value for key in ("precision",) if (value := getattr(teacher, key, None)) is not None}
+    form = {"precision": precision} if (precision := form_of(run, name)[0]) is not None else {}
     return {"files": content_hash(files), "taps": taps, "data": content_hash(data), "potstill": __version__, **form}
+
+
+def _table(run: Run) -> str:
+    """Return a hash of the training split: of a large one of some rows, for all inputs are compared in any case."""
+    table: Any = run.splits.train
+    if table.data.nbytes <= _LARGE:
+        return run.train_hash
+    return f"{len(table)} {table_hash(table.select(range(0, len(table), max(1, len(table) // 4096))))}"
 
 
 def _unmasked(objective: Objective) -> set[str]:

@@ -6,11 +6,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from potstill.data.batching import length_order
@@ -24,6 +25,7 @@ from potstill.runs.plan import Plan
 from potstill.runs.processes import process_state
 from potstill.teachers.cached import Cached, Counts
 from potstill.teachers.live import Live
+from potstill.teachers.precision import tried_precision
 from potstill.training.precision import HALVES, matrix_products
 
 if TYPE_CHECKING:
@@ -59,6 +61,9 @@ class CachePlan:
 def fill(run: Run, name: str) -> Counts:
     """Ask a teacher of a run for every answer that its cache does not hold; each process for its share.
 
+    Returns:
+        What became of the samples, in all processes.
+
     Raises:
         CacheError: the answers cannot be kept; what is kept stays.
         TrainingError: random views are drawn without end.
@@ -78,7 +83,8 @@ def fill(run: Run, name: str) -> Counts:
         source.close()
         for folder in source.folders:
             run.cache.used(folder)
-    return source.counts
+    every: list[dict[str, int]] = gather_object([asdict(source.counts)])
+    return Counts(**{key: sum(each[key] for each in every) for key in every[0]})
 
 
 def forecast(plan: Plan, name: str, *, batches: int = 5) -> CachePlan:
@@ -101,7 +107,8 @@ def forecast(plan: Plan, name: str, *, batches: int = 5) -> CachePlan:
         plan.task_of(name).facts(), seed=recipe.seed, allow_code=plan.allow_code
     )
     taps, prefix = build.teacher_taps(recipe, plan.objective, name), build.teacher_prefix(recipe, name)
-    live = Live(built.model, taps, forward=task.forward, prefix=prefix).to(device)
+    precision = tried_precision(recipe.all_teachers[name].precision)
+    live = Live(built.model, taps, forward=task.forward, prefix=prefix, precision=precision).to(device)
     places = torch.linspace(0, len(shares.parts) - 1, batches + 1).long().tolist()  # the longest texts come first
     taken, samples = [], 0
     with tempfile.TemporaryDirectory() as folder, computing_as(recipe.train, device):
@@ -113,7 +120,7 @@ def forecast(plan: Plan, name: str, *, batches: int = 5) -> CachePlan:
             if turn:
                 taken.append(time.perf_counter() - begin)
                 samples += len(made["sample_id"])
-                cached({**made, "sample_id": made["sample_id"] + turn * 2**24})
+                cached(made)
         each = cached.bytes_per_sample
         cached.close()
     rows = len(plan.splits.train)

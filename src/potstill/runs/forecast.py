@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from potstill.data.batching import InMemory
 from potstill.errors import TrainingError
-from potstill.interfaces import Batch, TeacherSource
+from potstill.interfaces import Batch, Signals, TeacherSource
 from potstill.recipe import build
 from potstill.recipe.schema import TrainSpec
 from potstill.runs.caching import cache_settings
@@ -27,6 +28,7 @@ from potstill.runs.processes import process_state
 from potstill.runs.training import make_trainer
 from potstill.teachers.cached import Cached
 from potstill.teachers.live import Live, Several
+from potstill.teachers.precision import tried_precision
 from potstill.training.precision import HALVES, matrix_products
 from potstill.training.profile import Profile, profile
 from potstill.training.trainer import DistillationTrainer
@@ -87,20 +89,21 @@ class Trial:
         """
         recipe, spec = self.plan.recipe, self.plan.recipe.train
         precision = build.precision_of(spec)
-        trainers = {FLOOR: self.trainer(spec, None)}
+        labelled = self.plan.label in self.plan.splits.train.column_names
+        trainers = {FLOOR: self.trainer(spec, None if labelled else _Remembered(self.live))}
         if recipe.all_teachers:
             live = self.live
             trainers[LIVE] = self.trainer(spec, live)
             trainers[CACHED] = self.trainer(spec, self._cached(live))
-        own = CACHED if CACHED in trainers else FLOOR
+        cached = any(cache_settings(recipe, name) is not None for name in recipe.all_teachers)
+        own = FLOOR if LIVE not in trainers else CACHED if cached else LIVE
         others = {name: self.trainer(changed, trainers[own].teacher) for name, changed in _variants(spec).items()}
         precisions = {name: build.precision_of(changed) for name, changed in _variants(spec).items()}
         every = {**trainers, **others}
         seconds = self._measured(every, {**dict.fromkeys(trainers, precision), **precisions}, budget_s)
         faster = {name: seconds[own] / seconds[name] for name in others}
-        cached = any(cache_settings(recipe, name) is not None for name in recipe.all_teachers)
         possible = bool(recipe.all_teachers) and not (build.is_random_view(recipe, spec) and spec.views is None)
-        if possible and not cached:
+        if possible and not cached and spec.epochs > (spec.views or 1):
             faster["teacher.cache=true"] = seconds[LIVE] / seconds[CACHED]
         faster |= self._padding(spec)
         memory = self._memory(trainers[own])
@@ -119,14 +122,14 @@ class Trial:
         trainer = self.trainer(spec, source)
         with matrix_products(build.precision_of(spec)):
             if cached and source is not None:
-                self._ask(trainer, source, steps)
+                self._ask(trainer, source, steps * trainer.args.gradient_accumulation_steps)
             return profile(trainer, trace=trace)
 
     def trainer(self, spec: TrainSpec, source: TeacherSource | None) -> DistillationTrainer:
         """Return a trainer of a fresh student."""
         plan = self.plan
         objective = build.make_objective(plan.recipe, plan.task)
-        return make_trainer(
+        trainer = make_trainer(
             plan,
             "distilled",
             plan.student(),
@@ -136,6 +139,9 @@ class Trial:
             seed=plan.recipe.seed,
             teacher=source,
         )
+        precision = build.precision_of(spec)  # accelerate looks it up in what the last trainer that was made has set
+        trainer.accelerator.autocast = partial(_autocast, self.device, precision)
+        return trainer
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -150,15 +156,21 @@ class Trial:
             model = build.make_blueprint(spec).build(facts, seed=recipe.seed, allow_code=plan.allow_code)
             taps = build.teacher_taps(recipe, plan.objective, name)
             prefix = build.teacher_prefix(recipe, name)
-            found[name] = Live(model, taps, forward=task.forward, prefix=prefix).to(self.device)
+            live = Live(model, taps, forward=task.forward, prefix=prefix, precision=tried_precision(spec.precision))
+            found[name] = live.to(self.device)
         return Several(found) if len(found) > 1 else next(iter(found.values()))
 
-    def _ask(self, trainer: DistillationTrainer, source: TeacherSource, steps: int) -> None:
-        """Let a cache know the answers to the first batches, as it does after the first epoch."""
-        state = torch.random.get_rng_state()
+    def _ask(self, trainer: DistillationTrainer, source: TeacherSource, batches: int) -> None:
+        """Let a cache know the answers to the first batches, as it does once every view was shown."""
+        dataset: Any = trainer.train_dataset
+        state, loader = torch.random.get_rng_state(), trainer.get_train_dataloader()
+        views = min(getattr(dataset, "views", None) or 1, -(-batches // len(loader)))
         with trainer.accelerator.autocast():
-            for _, batch in zip(range(steps + 2), trainer.get_train_dataloader(), strict=False):
-                source(batch)
+            for view in range(views):
+                dataset.set_epoch(view)
+                for _, batch in zip(range(batches), loader, strict=False):
+                    source(batch)
+        dataset.set_epoch(0)
         torch.random.set_rng_state(state)
 
     def _cached(self, live: TeacherSource) -> TeacherSource:
@@ -171,19 +183,28 @@ class Trial:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """A few training batches, from the shortest texts to the longest."""
+        """A few training batches, from the smallest to the largest."""
+        places = np.unique(((np.arange(_BATCHES) + 0.5) / _BATCHES * len(self._parts)).astype(int))
+        return [self._batch(self._parts[place]) for place in places]
+
+    @cached_property
+    def _dataset(self) -> Any:
+        plan, recipe = self.plan, self.plan.recipe
+        task = build.prepared_for_distillation(recipe, plan.task, plan.processors)
+        return build.training_set(recipe, task, recipe.train, plan.splits.train, recipe.seed)
+
+    @cached_property
+    def _parts(self) -> list[list[int]]:
+        """The places of the samples of each batch of the first epoch, the largest batch last."""
         trainer = self.trainer(self.plan.recipe.train, None)
-        task = build.prepared_for_distillation(self.plan.recipe, self.plan.task, self.plan.processors)
-        recipe = self.plan.recipe
-        dataset: Any = build.training_set(recipe, task, recipe.train, self.plan.splits.train, recipe.seed)
         with torch.random.fork_rng(devices=[]):
             parts = [list(part) for part in trainer.get_train_dataloader().batch_sampler]
-        lengths = getattr(dataset, "lengths", None)
-        if lengths is not None:
-            parts.sort(key=lambda part: len(part) * int(np.asarray(lengths)[part].max()))
-        places = np.unique((np.arange(_BATCHES) + 0.5) / _BATCHES * len(parts)).astype(int)
-        made = [dataset.__getitems__(parts[place]) for place in np.unique(places)]
-        return [{name: value.to(self.device) for name, value in batch.items()} for batch in made]
+        lengths = np.asarray(getattr(self._dataset, "lengths", np.ones(len(self._dataset), np.int64)))
+        return sorted(parts, key=lambda part: len(part) * int(lengths[part].max()))
+
+    def _batch(self, part: list[int]) -> Batch:
+        made: Batch = self._dataset.__getitems__(part)
+        return {name: value.to(self.device) for name, value in made.items()}
 
     def _measured(
         self, trainers: Mapping[str, DistillationTrainer], precisions: Mapping[str, str], budget_s: float
@@ -223,9 +244,9 @@ class Trial:
     def _memory(self, trainer: DistillationTrainer) -> dict[str, int]:
         """Return the bytes that the training takes at the largest of the batches."""
         module = trainer.distillation_module
-        step, largest = _Step(trainer), max(self.batches, key=lambda batch: sum(v.numel() for v in batch.values()))
+        step = _Step(trainer, micro_batches=1)
         with _saved(module) as saved:
-            step(largest)
+            step(self._batch(self._parts[-1]))
         optimizer = [v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
         models = [each.model.model for each in _lives(self.live)] if self.plan.recipe.all_teachers else []
@@ -242,18 +263,23 @@ class Trial:
         return found
 
     def _steps(self, trainer: DistillationTrainer) -> int:
-        loader = trainer.get_train_dataloader()
-        own = self.plan.recipe.train
         if trainer.args.max_steps > 0:
             return int(trainer.args.max_steps)
-        return max(1, int(len(loader) // trainer.args.gradient_accumulation_steps * own.epochs))
+        each = -(-len(trainer.get_train_dataloader()) // trainer.args.gradient_accumulation_steps)
+        return math.ceil(max(1, each) * trainer.args.num_train_epochs)
 
 
 class _Step:
-    """One optimizer step as the trainer does it, without what is around it."""
+    """One optimizer step as the trainer does it, without what is around it.
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
+    Args:
+        trainer: whose.
+        micro_batches: how often the batch is run through; as often as the trainer accumulates if omitted.
+    """
+
+    def __init__(self, trainer: DistillationTrainer, micro_batches: int | None = None) -> None:
         self.trainer = trainer
+        self.micro_batches = micro_batches or trainer.args.gradient_accumulation_steps
         trainer.materialize()
         self.model = trainer.distillation_module
         self.optimizer = trainer.create_optimizer()
@@ -261,12 +287,32 @@ class _Step:
     def __call__(self, batch: Batch) -> None:
         trainer = self.trainer
         self.model.train()
-        _, counts = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-        with trainer.accelerator.autocast():  # as accelerate wraps the model that it prepares
-            loss = trainer.compute_loss(self.model, batch, num_items_in_batch=counts)
-        loss.backward()
+        window = [batch] * self.micro_batches
+        _, counts = trainer.get_batch_samples(iter(window), len(window), trainer.args.device)
+        for each in window:
+            with trainer.accelerator.autocast():  # as accelerate wraps the model that it prepares
+                loss = trainer.compute_loss(self.model, each, num_items_in_batch=counts)
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class _Remembered:
+    """A teacher that is asked once for each batch: what is left is the student, where no labels teach it alone."""
+
+    def __init__(self, live: TeacherSource) -> None:
+        self.live = live
+        self.known: dict[int, tuple[Tensor, Signals]] = {}
+
+    def __call__(self, batch: Batch) -> Signals:
+        ids = batch["sample_id"]
+        if id(ids) not in self.known:
+            self.known[id(ids)] = ids, self.live(batch)  # held, so that no other tensor gets its number
+        return self.known[id(ids)][1]
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, HALVES[precision]) if precision in HALVES else nullcontext()
 
 
 def _variants(spec: TrainSpec) -> dict[str, TrainSpec]:

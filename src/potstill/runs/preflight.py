@@ -23,6 +23,7 @@ from potstill.evaluation.cost import parameters
 from potstill.interfaces import Batch, Progress, Task
 from potstill.models.origins import Built, TextProcessor
 from potstill.recipe import build
+from potstill.runs.caching import cache_settings
 from potstill.runs.plan import Plan
 from potstill.teachers.live import Live, Several
 from potstill.teachers.precision import tried_precision
@@ -46,6 +47,7 @@ def examine(run: Plan | Run) -> Iterator[str | Finding]:
         PotstillError: the first thing that does not fit, with what was expected.
     """
     setup = _Setup(run)
+    _check_caches(run)
     yield from _data(run)
     yield from _models(setup)
     yield from _tried(setup)
@@ -60,6 +62,7 @@ def before_training(run: Plan | Run, *, strict: bool = False) -> list[Finding]:
         strict: whether a teacher no better than chance is an error, as on the command line, or a warning.
     """
     setup = _Setup(run)
+    _check_caches(run)
     build.check_tokens(run.recipe, run.objective, setup.batch)
     return _found(setup.subject(_device()), run, strict=strict)
 
@@ -84,6 +87,12 @@ def after_teachers(run: Run, *, strict: bool = False) -> list[Finding]:
 def _found(subject: Subject, run: Plan | Run, *, strict: bool, only: Sequence[str] | None = None) -> list[Finding]:
     subject.strict = strict
     return run_checks(subject, only=only, ignore=run.recipe.preflight.ignore)
+
+
+def _check_caches(run: Plan | Run) -> None:
+    """Raise before any training if a cache is asked for that cannot be, which else shows after the teacher's."""
+    for name in run.recipe.all_teachers:
+        cache_settings(run.recipe, name)
 
 
 def _device() -> torch.device:

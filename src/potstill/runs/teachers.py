@@ -61,8 +61,8 @@ def choose_forms(run: Run) -> None:
     if state.is_main_process:
         for name in open_:
             known[name] = _measured(run, name)
-            run.folder.event("teacher form", step="distilled", teacher=name, **known[name])
             write_json(run.folder / FILE, known)
+            run.folder.event("teacher form", step="distilled", teacher=name, **known[name])
     state.wait_for_everyone()
 
 

@@ -73,7 +73,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
         module = trainer.distillation_module
         trainer.get_batch_samples = self._timed("data", trainer.get_batch_samples)
         if trainer.teacher is not None:
-            trainer.teacher = self._timed("teacher", trainer.teacher)
+            trainer._taught = self._timed("teacher", trainer._taught)
         module.signals = self._timed("student", module.signals)
         module._loss = self._timed("loss", module._loss)
         trainer.accelerator.backward = self._timed("gradients", trainer.accelerator.backward)
@@ -91,7 +91,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
         if state.global_step == self.last:
             self.total, self.is_on = self._now() - self.begin, False
             if self.trace is not None:
-                self._tracer = torch.profiler.profile()
+                alone = [torch.profiler.ProfilerActivity.CPU] if self.device.type == "cpu" else None
+                self._tracer = torch.profiler.profile(activities=alone)
                 self._tracer.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -102,7 +103,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
             self._tracer.export_chrome_trace(str(self.trace))
 
     def _timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(work, updated=())
+        @functools.wraps(work)
         def timed(*args: Any, **kwargs: Any) -> Any:
             if not self.is_on:
                 with torch.profiler.record_function(f"potstill: {name}"):

@@ -154,11 +154,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         counts = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None
         with self._sharing(self.teacher, self.distillation_module.student, model):
             with self.accelerator.autocast():  # in the student's precision; losses go on in float32
-                signals = self.teacher(batch) if self.teacher is not None else {}
+                signals = self._taught(batch)
             output = model(teacher=signals, counts=counts, progress=self.progress, **own)
         if model.training:
             self._record(output.parts)
         return (output.loss, output) if return_outputs else output.loss
+
+    def _taught(self, batch: Batch) -> Signals:
+        return {} if self.teacher is None else self.teacher(batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm that clipping found; without clipping it is not computed, for it costs a pass over all."""
