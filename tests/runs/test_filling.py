@@ -79,6 +79,22 @@ def test_a_teacher_that_is_not_to_be_cached_can_be_filled_all_the_same(tmp_path:
     assert fill(run, "teacher").made == len(run.splits.train)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_projector_is_sized_by_answers_that_are_there(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hint = {"loss": "mse", "student": "body.1", "teacher": "body.1", "project": "linear"}
+    tree = {**TREE, "student": {**TREE["student"], "kwargs": {"hidden": [4]}}, "train": {**TREE["train"]}}
+    tree |= {"objective": {**TREE["objective"], "hint": hint}}
+    tree["train"]["precision"] = precision
+    run = Run(recipe_from(tree), tmp_path / "run", cache=Cache(tmp_path / "cache"), bars=False)
+    run.prepare_teachers()
+    fill(run, "teacher")
+    monkeypatch.setattr(Run, "live_teacher", lambda self, name: pytest.fail("the teacher was loaded"))
+    run.execute()
+    assert len(list((tmp_path / "cache/signals").iterdir())) == 1
+
+
 @pytest.mark.parametrize("train", [{"precision": "bf16"}, {"bf16": True}, {"precision": "medium"}, {}])
 def test_it_is_filled_in_the_precision_of_the_training(
     train: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

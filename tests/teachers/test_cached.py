@@ -198,6 +198,8 @@ def test_a_changed_weight_a_tap_a_precision_are_another_teacher(tmp_path):
 def test_a_source_without_weights_needs_an_identity(tmp_path):
     with pytest.raises(CacheError, match="give `identity`"):
         Cached(lambda batch: {"logits": batch["pixel_values"]}, tmp_path)
+    with pytest.raises(CacheError, match="one with a `forward` of its own; give `identity`"):
+        Cached(Live(mlp(), forward=lambda model, batch: {"logits": model(batch["pixel_values"])}), tmp_path)
 
 
 def test_a_batch_without_sample_ids_is_refused(live, tmp_path):

@@ -265,8 +265,8 @@ class Trial:
     def _steps(self, trainer: DistillationTrainer) -> int:
         if trainer.args.max_steps > 0:
             return int(trainer.args.max_steps)
-        each = -(-len(trainer.get_train_dataloader()) // trainer.args.gradient_accumulation_steps)
-        return math.ceil(max(1, each) * trainer.args.num_train_epochs)
+        each: int = -(-len(trainer.get_train_dataloader()) // trainer.args.gradient_accumulation_steps)
+        return math.ceil(max(1, each) * float(trainer.args.num_train_epochs))
 
 
 class _Step:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from potstill.errors import CacheError
 from potstill.interfaces import VIEW, Batch, Signals, TeacherSource
-from potstill.models.inputs import MAIN_INPUTS, TEACHER_PREFIX, accepted_inputs, teacher_view
+from potstill.models.inputs import MAIN_INPUTS, TEACHER_PREFIX, accepted_inputs, respond, teacher_view
 from potstill.teachers.encoding import Encoding
 from potstill.teachers.live import Live, Several
 from potstill.teachers.store import SLOT_BYTES, Store, about_store
@@ -58,7 +58,7 @@ class Cached:
             is made only if something is missing.
         folder: where the answers are kept; a folder in it for each teacher and kind of answer.
         identity: what decides the answers beside the inputs, as plain JSON; the weights and settings of ``teacher`` if
-            omitted, which needs a module or a :class:`potstill.teachers.live.Live`.
+            omitted, which needs a module or a :class:`potstill.teachers.live.Live` without a ``forward`` of its own.
         precision: in which floating-point signals are stored: ``fp32``, ``fp16`` or ``bf16``; the teacher's own, which
             loses nothing, if omitted.
         top_k: of ``logits``, how many classes are kept; the total probability of the others is kept too and spread
@@ -292,10 +292,11 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _identity(source: Any) -> Any:
-    if not isinstance(source, Live):
+    if not isinstance(source, Live) or source.respond is not respond:
+        what = type(source).__name__ if not isinstance(source, Live) else "one with a `forward` of its own"
         raise CacheError(
-            f"expected a module or a Live teacher, whose weights say which answers are its own, got "
-            f"{type(source).__name__}; give `identity`: plain data that changes whenever its answers do"
+            f"expected a module or a Live teacher, whose weights say which answers are its own, got {what}; give "
+            "`identity`: plain data that changes whenever its answers do"
         )
     form = {name: str(value) for name in ("precision",) if (value := getattr(source, name, None)) is not None}
     return {"weights": weights_hash(source.model.awake()), "taps": source.taps, **form}

@@ -316,7 +316,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         if module.objective.pending_projectors() and self.teacher is not None:
             state = torch.random.get_rng_state()
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
-            module.materialize(self.teacher(dict(batch)), batch)
+            with self.accelerator.autocast():  # as in a step: a cache holds no answers in another precision
+                taught = self.teacher(dict(batch))
+            module.materialize(taught, batch)
             module.objective.to(self.args.device)
             torch.random.set_rng_state(state)
 
