@@ -55,12 +55,16 @@ RATIOS = {
 }
 
 
+EPOCH = {"liar": 48, "mnist": 200}
+"""Steps of a turn of potstill and of the hand-written loops: an epoch of their samples, see ``speed_worker.ROWS``."""
+
+
 class Contender:
     """A process that trains when told."""
 
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -110,14 +114,13 @@ def own_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def compete(contenders: list[Contender], rounds: int, seconds: float, busy: float) -> None:
+def compete(pair: str, contenders: list[Contender], rounds: int, seconds: float, busy: float) -> None:
     for contender in contenders:  # warm-up, and how many steps fill a turn
         contender.train(contender.steps)
         found, _ = contender.train(contender.steps)
         contender.steps = max(5, round(seconds / (found["seconds"] / found["steps"])))
-    ours = [each for each in contenders if each.name.startswith(("potstill", "loop"))]
-    for contender in ours:  # as many, so that all of them see the same batches in the same round
-        contender.steps = min(each.steps for each in ours)
+        if contender.name.startswith(("potstill", "loop")):
+            contender.steps = EPOCH[pair]  # the same samples in every turn
     for turn in range(rounds):
         order = contenders if turn % 2 == 0 else contenders[::-1]
         for contender in order:
@@ -154,6 +157,7 @@ def summary(pair: str, contenders: list[Contender]) -> dict[str, Any]:
         "start_s": {each.name: round(each.start_s, 1) for each in contenders},
         "ratios": ratios,
         "rounds": len(contenders[0].rates),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "the system's"),
         "torch": torch.__version__,
     }
 
@@ -181,7 +185,7 @@ def main() -> None:
         for name, command in commands.items():  # one after another: they would slow each other down
             contenders.append(Contender(name, command))
             print(f"{name}: ready after {contenders[-1].start_s:.1f} s", flush=True)
-        compete(contenders, options.rounds, options.seconds, options.busy)
+        compete(options.pair, contenders, options.rounds, options.seconds, options.busy)
         found = summary(options.pair, contenders)
     finally:
         for contender in contenders:

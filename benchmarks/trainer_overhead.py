@@ -22,6 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from potstill.data.augment import make_views
 from potstill.data.batching import InMemory
+from potstill.data.pictures import Normalise
 from potstill.losses import distillation_loss
 from potstill.models.plain import Mlp
 from potstill.recipe.build import DEFAULTS
@@ -38,8 +39,7 @@ def models() -> tuple[Mlp, Mlp]:
 
 
 def data(samples: int = 20_000) -> InMemory:
-    task = ImageClassification(mean=[0.1307], std=[0.3081])
-    views = make_views([], key="pixel_values", seed=0, num_classes=10, finish=task.normaliser())
+    views = make_views([], key="pixel_values", seed=0, num_classes=10, finish=Normalise((0.1307,), (0.3081,)))
     draw = torch.Generator().manual_seed(0)
     columns = {
         "pixel_values": torch.randint(0, 256, (samples, 1, 28, 28), dtype=torch.uint8, generator=draw),

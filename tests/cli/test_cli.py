@@ -17,7 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from potstill import __version__, registry
-from potstill.cli import app
+from potstill.cli import app, options
 from potstill.experiments.seeds import SeedSummary
 from potstill.recipe.load import load_recipe, packaged_recipes
 from potstill.runs.folder import RunFolder
@@ -541,3 +541,40 @@ class TestTwoProcesses:
             said = potstill("distill", str(recipe), "--seeds", seeds)
             assert (said.status, said.out) == (130, "")
             assert said.err == "stopped; the same command goes on where it was\n"
+
+
+class TestThreads:
+    """Waiting threads sleep where others use the processors."""
+
+    @pytest.fixture(autouse=True)
+    def _before_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delitem(sys.modules, "torch")
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        monkeypatch.setattr(options, "_LOOK_S", 0.01)
+        monkeypatch.setattr("os.cpu_count", lambda: 4)
+
+    @pytest.mark.parametrize(
+        ("worked", "policy"), [((5.0, 5.0), None), ((5.0, 5.006), None), ((5.0, 5.02), "PASSIVE"), ((None, None), None)]
+    )
+    def test_the_policy(self, worked: Any, policy: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = iter(worked)
+        monkeypatch.setattr(options, "_worked", lambda: next(seen))
+        monkeypatch.setenv("OMP_WAIT_POLICY", "to be undone")
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        options.share_cores()
+        assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+    @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+    def test_what_is_set_stays(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(name, "7")
+        monkeypatch.setattr(options, "_worked", lambda: pytest.fail("it looked"))
+        options.share_cores()
+        assert os.environ[name] == "7"
+
+    def test_the_work_of_all_processors_only_grows(self) -> None:
+        before = options._worked()
+        if before is None:
+            pytest.skip("this system has no /proc/stat")
+        sum(range(3_000_000))
+        assert options._worked() >= before > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -47,9 +46,6 @@ def main() -> None:
     """Run the command line; a user's mistake is a message and exit status 2, never a traceback."""
     from potstill.errors import PotstillError
 
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # before torch: threads that spin slow all that shares the cores
     try:
         app()
     except PotstillError as error:

@@ -54,9 +54,9 @@ def fill(
 
     The verb may be left out: `potstill cache RECIPE`.
 
-    The same command goes on after a stop. With `accelerate launch -m potstill cache RECIPE` several processes share
-    the work. `potstill distill RECIPE` goes on in the same folder; other runs with the same teacher and data find the
-    answers too.
+    The same command goes on after a stop. With `torchrun --nproc_per_node 4 -m potstill cache RECIPE` several
+    processes share the work. `potstill distill RECIPE` goes on in the same folder; other runs with the same teacher
+    and data find the answers too.
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     from potstill.recipe.load import load_recipe
