@@ -242,9 +242,11 @@ def test_batches_in_another_order():
 
 
 def test_views_come_again_after_the_last():
-    data = InMemory(
-        columns(6), view=lambda batch, epoch, lookup: {**batch, "epoch": torch.full((len(batch["x"]),), epoch)}
-    )
+    def view(batch, epoch, lookup):
+        return {**batch, "epoch": torch.full((len(batch["x"]),), epoch)}
+
+    view.is_random = True
+    data = InMemory(columns(6), view=view)
     data.views = 3
     seen = []
     for epoch in range(7):

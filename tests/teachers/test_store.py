@@ -113,9 +113,16 @@ def test_closing_gives_unused_space_back(store, tmp_path):
 def test_a_folder_of_something_else_is_refused(store, tmp_path):
     with pytest.raises(CacheError, match=r"another kind \(they differ in of\)"):
         Store(tmp_path / "s", {"of": "another teacher"})
-    (tmp_path / "s/store.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CacheError, match="damaged"):
-        about_store(tmp_path / "s")
+
+
+def test_a_damaged_description_is_written_again(store, tmp_path, caplog):
+    write(store, range(5))
+    store.close()
+    (tmp_path / "s/store.json").write_text("", encoding="utf-8")
+    assert about_store(tmp_path / "s") is None
+    assert read(Store(tmp_path / "s", {"of": "a teacher"}), range(5)).whole.all()
+    assert about_store(tmp_path / "s")["of"] == "a teacher"
+    assert "damaged" in caplog.text
 
 
 @pytest.mark.parametrize("ids", [[-1, 2], [2**40]])

@@ -58,7 +58,7 @@ class InMemory(Dataset[Batch]):
     @property
     def is_random(self) -> bool:
         """Whether a sample looks different in each view."""
-        return self.view is not None and getattr(self.view, "is_random", True)
+        return self.view is not None and bool(getattr(self.view, "is_random", False))
 
     @property
     def view_number(self) -> int:

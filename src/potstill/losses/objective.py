@@ -125,6 +125,12 @@ class Term(nn.Module):
         value: Tensor = self.loss(*arguments, **keywords, **{k: at(v, progress) for k, v in self.options.items()})
         return value
 
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether what is padding does not count."""
+        usual = self.mask is None and _TOKEN_SIGNAL.search(self.student[0]) is not None
+        return self.per != "batch" and (self.mask == "attention_mask" or usual)
+
     def mask_of(self, batch: Batch, response_mask: Callable[[Batch], Tensor | None] | None = None) -> Tensor | None:
         """Return the positions that count as a bool tensor, or ``None`` where every sample counts once.
 
@@ -285,6 +291,11 @@ class Objective(nn.Module):
         if len(hard) == 1:
             next(iter(hard.values())).weight = 1.0
         return Objective(hard or {"hard": Term("cross_entropy")}, response_mask=self.response_mask)
+
+    def unmasked(self) -> set[str]:
+        """Return the teacher's signals that are compared at padded places too: no term masks them by the tokens."""
+        free = {s for _, t in self.named_terms() if not t.hard and not t.masks_tokens for s in t.teacher}
+        return {signal.rpartition("/")[2] for signal in free} - {"logits"}
 
     def pending_projectors(self) -> list[str]:
         """Return the names of the terms whose projector waits for :meth:`materialize`."""

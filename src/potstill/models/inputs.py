@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
-from potstill.interfaces import Batch, Signals
+from potstill.interfaces import VIEW, Batch, Signals
 from potstill.models.frozen import Frozen
 
 TEACHER_PREFIX = "teacher/"
@@ -19,7 +19,7 @@ MAIN_INPUTS = ("pixel_values", "features", "input_values", "input_features", "in
 """Names of a task's main input, passed by position to a plain module whose forward names none of them."""
 
 _ACCEPTED: dict[type[nn.Module], frozenset[str] | None] = {}
-_BESIDE = frozenset({"labels", "sample_id"})
+_BESIDE = frozenset({"labels", "sample_id", VIEW})
 
 
 def accepted_inputs(model: nn.Module) -> frozenset[str] | None:

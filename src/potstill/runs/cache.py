@@ -99,8 +99,11 @@ class Cache:
         found = []
         for path in self.root.glob("*/*"):
             if path.is_dir() and not path.name.startswith("."):
-                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                used = (path / _USED).stat().st_mtime if (path / _USED).exists() else path.stat().st_mtime
+                try:  # others may write to it, or delete it
+                    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                    used = (path / _USED).stat().st_mtime if (path / _USED).exists() else path.stat().st_mtime
+                except FileNotFoundError:
+                    continue
                 found.append(Entry(path.parent.name, path.name, size, used, path))
         return sorted(found, key=lambda entry: -entry.used)
 
@@ -110,7 +113,7 @@ class Cache:
             now = time.time()
             doomed = [e for e in self.entries() if kind in (None, e.kind) and now - e.used >= older_than_s]
             for entry in doomed:
-                shutil.rmtree(entry.path)
+                shutil.rmtree(entry.path, ignore_errors=True)
         return sum(entry.bytes for entry in doomed)
 
     @contextmanager
@@ -124,7 +127,7 @@ class Cache:
         for entry in self.entries():
             total += entry.bytes
             if total > self.limit and entry.path != keep:
-                shutil.rmtree(entry.path)
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _limit() -> int:

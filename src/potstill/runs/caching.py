@@ -13,7 +13,6 @@ from accelerate.utils import gather_object
 from potstill._version import __version__
 from potstill.errors import TrainingError
 from potstill.interfaces import TeacherSource
-from potstill.losses.objective import Objective
 from potstill.recipe import build
 from potstill.recipe.schema import CacheSpec, Recipe
 from potstill.runs.cache import content_hash, file_hash, table_hash
@@ -57,22 +56,26 @@ def teacher_source(run: Run, name: str, *, strict: bool = False) -> TeacherSourc
         precision=wanted.precision,
         top_k=wanted.top_k,
         strict=strict,
-        unmasked=_unmasked(run.objective),
+        unmasked=run.objective.unmasked(),
+        signals=_read(run, name),
+        required=strict or run.recipe.all_teachers[name].cache != "auto",
         room=(len(run.splits.train) * (run.recipe.train.views or 1), run.cache.limit),
     )
 
 
-def close_caches(run: Run, teachers: Mapping[str, TeacherSource]) -> None:
-    """Say what the caches of a training were good for, give unused space back, and make room for others."""
+def close_caches(run: Run | None, teachers: Mapping[str, TeacherSource]) -> None:
+    """Give unused space back; say what the caches of a run's training were good for, and make room for others."""
     for name, source in teachers.items():
         if not isinstance(source, Cached):
+            continue
+        source.close()
+        if run is None:
             continue
         every: list[dict[str, int]] = gather_object([asdict(source.counts)])
         total = {key: sum(each[key] for each in every) for key in every[0]}
         if process_state().is_main_process:
             run.folder.event("cache", step="distilled", teacher=name, **total)
         logger.info("%s: %d answers from the cache, %d made", name, total["found"], total["made"])
-        source.close()
         for folder in source.folders:
             run.cache.used(folder)
 
@@ -86,13 +89,14 @@ def cache_settings(recipe: Recipe, name: str, *, strict: bool = False) -> CacheS
     asked, train = recipe.all_teachers[name].cache, recipe.train
     if asked is False and not strict:
         return None
-    endless = build.is_random_view(recipe, train) and train.views is None
+    random = build.is_random_view(recipe, train)
+    endless, views = random and train.views is None, (train.views or 1) if random else 1
     if endless and (asked != "auto" or strict):
         raise TrainingError(
             f"the answers of the teacher '{name}' cannot be cached: each epoch shows new random views; say how many "
             "there are, as in `train: {views: 8}`, or `cache: false`"
         )
-    if asked == "auto" and not strict and (endless or train.epochs <= (train.views or 1)):
+    if asked == "auto" and not strict and (endless or train.epochs <= views):
         return None
     return asked if isinstance(asked, CacheSpec) else CacheSpec()
 
@@ -120,10 +124,8 @@ def _table(run: Run) -> str:
     return f"{len(table)} {table_hash(table.select(range(0, len(table), max(1, len(table) // 4096))))}"
 
 
-def _unmasked(objective: Objective) -> set[str]:
-    """Return the teacher's signals that a term compares without a mask."""
-    found = set()
-    for _, term in objective.named_terms():
-        if not term.hard and (term.mask == "none" or term.per == "batch"):
-            found |= {signal.rpartition("/")[2] if "/" in signal else signal for signal in term.teacher}
-    return found - {"logits"}
+def _read(run: Run, name: str) -> set[str]:
+    """Return the signals of a teacher that terms read."""
+    several = len(run.recipe.all_teachers) > 1
+    read = {signal for _, term in run.objective.named_terms() if not term.hard for signal in term.teacher}
+    return {signal.removeprefix(f"{name}/") for signal in read if not several or signal.startswith(f"{name}/")}

@@ -292,7 +292,11 @@ class Run(Plan):
         model = scheme.learners()["student"]
         source = scheme.sources(Progress()).get("teacher")
         follow = FollowScheme(scheme)
-        self._train("distilled", model, self.recipe.train, self.objective, teacher=source, callbacks=[follow])
+        try:
+            self._train("distilled", model, self.recipe.train, self.objective, teacher=source, callbacks=[follow])
+        except BaseException:
+            close_caches(None, teachers)
+            raise
         close_caches(self, teachers)
         self._save("distilled", model, self._student)
 

@@ -54,6 +54,7 @@ def choose_forms(run: Run) -> None:
     Every process calls it, once the teachers are saved; what is chosen stays when the run is stopped and goes on.
     """
     state = process_state()
+    state.wait_for_everyone()  # or one would read what another has just written, and wait alone
     known = _chosen(run)
     open_ = [name for name, spec in run.recipe.all_teachers.items() if spec.precision == "auto" and name not in known]
     if not open_:

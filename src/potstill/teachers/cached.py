@@ -23,12 +23,13 @@ from potstill.interfaces import VIEW, Batch, Signals, TeacherSource
 from potstill.models.inputs import MAIN_INPUTS, TEACHER_PREFIX, accepted_inputs, respond, teacher_view
 from potstill.teachers.encoding import Encoding
 from potstill.teachers.live import Live, Several
-from potstill.teachers.store import SLOT_BYTES, Store, about_store
+from potstill.teachers.store import MOST_IDS, SLOT_BYTES, Store, about_store
 from potstill.teachers.tags import tags, token_mask
 
 logger = logging.getLogger("potstill")
 
 _BESIDE = frozenset({"labels", "sample_id", VIEW})
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 @dataclass
@@ -64,8 +65,11 @@ class Cached:
         top_k: of ``logits``, how many classes are kept; the total probability of the others is kept too and spread
             evenly over them. All if omitted.
         strict: whether a full disk is an error; otherwise the teacher answers what cannot be kept.
-        unmasked: signals that are compared at padded places too, where a record holds nothing: if they have any, the
-            teacher answers each time.
+        unmasked: signals that are compared at padded places too, where a record holds nothing: if they have any,
+            they cannot be kept.
+        signals: those that are kept and returned; all if omitted.
+        required: whether what cannot be kept, and inputs that change, are errors; otherwise there is one warning, and
+            the teacher answers each time.
         room: as ``(answers to come, bytes that they may take)``; where they would take more, nothing is kept.
 
     Raises:
@@ -86,6 +90,8 @@ class Cached:
         top_k: int | None = None,
         strict: bool = False,
         unmasked: Collection[str] = (),
+        signals: Collection[str] | None = None,
+        required: bool = True,
         room: tuple[int, int] | None = None,
     ) -> None:
         self.live: Any = Live(teacher) if isinstance(teacher, nn.Module) else teacher
@@ -93,7 +99,8 @@ class Cached:
         self.folder = Path(folder).expanduser()
         self.identity = _identity(self.live) if identity is None else identity
         self.precision, self.top_k, self.strict = precision, top_k, strict
-        self.unmasked, self.room = frozenset(unmasked), room
+        self.unmasked, self.room, self.required = frozenset(unmasked), room, required or strict
+        self.signals = None if signals is None else frozenset(signals)
         self.counts = Counts()
         self._opened: dict[str, tuple[Store, Encoding, list[str]]] = {}
         self._is_full = self._is_off = False
@@ -104,14 +111,22 @@ class Cached:
         ids = batch.get("sample_id")
         if ids is None:
             raise CacheError("a cached teacher finds its answers by `sample_id`, and the batch has none")
-        if self._is_off:
-            self.counts.kept_nothing += len(ids)
-            return self.live(batch)  # type: ignore[no-any-return]
-        asked = teacher_view(batch, self.prefix)
-        known = self._known(ids.device)
-        if known is None:
-            return self._first(batch, asked)
-        return self._answered(batch, asked, *known)
+        if not self._is_off:
+            asked = teacher_view(batch, self.prefix)
+            try:
+                _check_ids(ids)
+                _check_padding(self.live, asked)
+                known = self._known(ids.device)
+                if known is None:
+                    return self._first(batch, asked)
+                return self._answered(batch, asked, *known)
+            except (CacheError, OSError) as error:
+                if self.required:
+                    raise
+                logger.warning("%s; the teacher answers each time", error)
+                self._is_off = True
+        self.counts.kept_nothing += len(ids)
+        return self._asked(batch)
 
     def to(self, device: torch.device | str) -> Cached:
         """Move the teacher to a device and return this."""
@@ -142,8 +157,14 @@ class Cached:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
+    def _asked(self, batch: Batch) -> Signals:
+        """Return what the live teacher says of what is kept."""
+        said: Signals = self.live(batch)
+        return said if self.signals is None else {name: said[name] for name in said if name in self.signals}
+
     def _answered(self, batch: Batch, asked: Batch, store: Store, encoding: Encoding, names: list[str]) -> Signals:
         ids = batch["sample_id"].cpu().numpy()
+        self._check_inputs(asked, names, store)
         questions = tags(asked, names)
         view = _view(batch)
         inside = token_mask(asked)
@@ -157,7 +178,7 @@ class Cached:
         if found.damaged.any():
             self._warn_of_damage(found.files, ids[found.damaged], view, store)
             self.counts.damaged += int(found.damaged.sum())
-        answer = self.live(batch)
+        answer = self._asked(batch)
         words, counts, lengths = encoding.encode(answer, inside)
         new = ~found.whole
         kept = self._write(store, view, ids, questions, (words, counts, lengths), new)
@@ -167,7 +188,7 @@ class Cached:
         else:
             self.counts.kept_nothing += int(new.sum())
         if encoding.is_exact and new.all():
-            return answer  # type: ignore[no-any-return]
+            return answer
         merged = words.copy()
         merged[np.repeat(found.whole, counts)] = found.words
         return _moved(encoding.decode(merged, lengths, inside), device)
@@ -193,36 +214,40 @@ class Cached:
 
     def _first(self, batch: Batch, asked: Batch) -> Signals:
         """Let the teacher answer, and learn from it what an answer looks like."""
-        answer = self.live(batch)
-        axes = _token_axes(self.live, batch, asked, answer)
+        answer = self._asked(batch)
+        try:
+            axes = _token_axes(self._asked, batch, asked, answer)
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise CacheError(
+                f"the teacher cannot be asked of one sample alone, which a cache must try: {error}"
+            ) from error
         encoding = Encoding.of(answer, axes, precision=self.precision, top_k=self.top_k)
-        problem = self._problem(encoding, answer, asked)
-        if problem is not None:
-            if self.strict:
-                raise CacheError(problem)
-            logger.warning("%s; the teacher answers each time", problem)
-            self._is_off = True
-            self.counts.kept_nothing += len(batch["sample_id"])
-            return answer  # type: ignore[no-any-return]
-        names = _inputs_of(self.live, asked)
-        self._open(batch["sample_id"].device, encoding, names)
+        self._check_room(encoding, answer, asked, batch["sample_id"])
+        self._open(batch["sample_id"].device, encoding, _accepted(self.live), _inputs_of(_accepted(self.live), asked))
         return self._answered_first(batch, asked, answer)
 
-    def _problem(self, encoding: Encoding, answer: Signals, asked: Batch) -> str | None:
-        """Return why these answers cannot be kept, or ``None``."""
-        padded = sorted({part.signal for part in encoding.parts if part.token_axes} & self.unmasked)
-        if padded:
-            return f"'{padded[0]}' is compared at padded places too, which no cache holds (say `mask: attention_mask`)"
+    def _check_room(self, encoding: Encoding, answer: Signals, asked: Batch, ids: Tensor) -> None:
         if self.room is None:
-            return None
+            return
         _, counts, _ = encoding.encode(answer, token_mask(asked))
-        wanted, limit = (SLOT_BYTES + 8 * float(counts.mean())) * self.room[0], self.room[1]
-        if wanted <= limit:
-            return None
-        return (
-            f"the teacher's answers would take {wanted / 2**30:.1f} GiB, and the cache may have {limit / 2**30:.1f} "
-            "(POTSTILL_CACHE_LIMIT); `precision: fp16` and `top_k` make them smaller"
-        )
+        wanted = (SLOT_BYTES + 8 * float(counts.mean())) * self.room[0] + SLOT_BYTES * (int(ids.max()) + 1)
+        if wanted > self.room[1] + SLOT_BYTES * self.room[0]:
+            raise CacheError(
+                f"the teacher's answers would take {wanted / 2**30:.1f} GiB, and the cache may have "
+                f"{self.room[1] / 2**30:.1f} (POTSTILL_CACHE_LIMIT); `precision: fp16` and `top_k` make them smaller"
+            )
+
+    def _check_inputs(self, asked: Batch, names: list[str], store: Store) -> None:
+        accepted = store.about["accepted"]
+        given = _inputs_of(accepted, asked)
+        if given != names:
+            raise CacheError(
+                f"the cached answers in {store.folder} were given to {', '.join(names)}, and the teacher is asked with "
+                f"{', '.join(given)}; choose another folder"
+            )
+        mask = asked.get("attention_mask")
+        if mask is not None and "attention_mask" not in names and bool((mask == 0).any()):
+            raise CacheError("the teacher reads no attention_mask: its answers depend on padding and cannot be cached")
 
     def _answered_first(self, batch: Batch, asked: Batch, answer: Signals) -> Signals:
         live, self.live = self.live, lambda _: answer
@@ -238,16 +263,23 @@ class Cached:
             about = about_store(self._folder(ambient))
             if about is None:
                 return None
-            self._open(device, Encoding.from_plain(about["parts"]), about["inputs"])
+            self._open(device, Encoding.from_plain(about["parts"]), about["accepted"], about["inputs"])
         return self._opened[ambient]
 
-    def _open(self, device: torch.device, encoding: Encoding, names: list[str]) -> None:
+    def _open(self, device: torch.device, encoding: Encoding, accepted: list[str] | None, names: list[str]) -> None:
+        padded = sorted({part.signal for part in encoding.parts if part.token_axes} & self.unmasked)
+        if padded:
+            raise CacheError(
+                f"'{padded[0]}' is compared at padded places too, which no cache holds; say `mask: attention_mask`"
+            )
         ambient = _ambient(device)
-        about = {"identity": self._about(ambient), "parts": encoding.plain(), "inputs": names}
+        about = {"identity": self._about(ambient), "parts": encoding.plain(), "accepted": accepted, "inputs": names}
         self._opened[ambient] = Store(self._folder(ambient), about), encoding, names
 
     def _about(self, ambient: str) -> dict[str, Any]:
-        stored = {"precision": self.precision, "top_k": self.top_k}
+        stored: dict[str, Any] = {"precision": self.precision, "top_k": self.top_k}
+        if self.signals is not None:
+            stored["signals"] = sorted(self.signals)
         return {"teacher": self.identity, "computed": ambient, "torch": torch.__version__, **stored}
 
     def _folder(self, ambient: str) -> Path:
@@ -283,11 +315,16 @@ def uncached(source: Any) -> Any:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return a hash of a model's class, configuration, parameters and buffers: 32 hexadecimal digits."""
+    """Return a hash of a model's class, configuration, weights, buffers and plain attributes: 32 hexadecimal digits."""
     digest = hashlib.blake2b(f"{type(model).__qualname__} {getattr(model, 'config', model)}".encode(), digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(raw)
+    for name, module in model.named_modules():
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN) and key != "training"}
+        digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
     return digest.hexdigest()
 
 
@@ -298,14 +335,15 @@ def _identity(source: Any) -> Any:
             f"expected a module or a Live teacher, whose weights say which answers are its own, got {what}; give "
             "`identity`: plain data that changes whenever its answers do"
         )
-    form = {name: str(value) for name in ("precision",) if (value := getattr(source, name, None)) is not None}
+    form = {name: str(value) for name in ("precision", "compile") if (value := getattr(source, name, None))}
     return {"weights": weights_hash(source.model.awake()), "taps": source.taps, **form}
 
 
 def _ambient(device: torch.device) -> str:
-    """Return in which precision a model computes here and now."""
+    """Return where, and in which precision, a model computes here and now."""
     kind = device.type
-    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as it is"
+    half = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as it is"
+    return f"{kind}, {half}, {torch.get_float32_matmul_precision()}"
 
 
 def _view(batch: Batch) -> int:
@@ -317,37 +355,73 @@ def _view(batch: Batch) -> int:
     return int(view[0])
 
 
-def _inputs_of(source: Any, asked: Batch) -> list[str]:
-    """Return the entries that decide an answer: those that the model's forward names, else its main input, else all."""
+def _accepted(source: Any) -> list[str] | None:
+    """Return what decides an answer beside the main input: what the model's forward names; ``None``: all there is.
+
+    A function that is not of potstill may read any entry.
+    """
+    live = getattr(source, "live", source)
+    model, function = getattr(live, "model", None), getattr(live, "respond", None)
+    ours = str(getattr(function, "__module__", "")).startswith("potstill.")
+    if not isinstance(model, nn.Module) or not ours:
+        return None
+    return sorted(accepted_inputs(model) or ())
+
+
+def _inputs_of(accepted: list[str] | None, asked: Batch) -> list[str]:
+    """Return the entries that decide an answer."""
     own = [name for name in asked if name not in _BESIDE and "/" not in name]
-    model = getattr(source, "model", None)
-    accepted = accepted_inputs(model) if isinstance(model, nn.Module) else None
-    named = [name for name in own if accepted and name in accepted]
-    main = [name for name in MAIN_INPUTS if name in own][:1]
-    return sorted(named or (main if isinstance(model, nn.Module) else own) or own)
+    if accepted is None:
+        return sorted(own)
+    named = [name for name in own if name in accepted]
+    return sorted(named or [name for name in MAIN_INPUTS if name in own][:1] or own)
 
 
-def _token_axes(source: Any, batch: Batch, asked: Batch, answer: Signals) -> dict[str, tuple[int, ...]]:
-    """Return which axes of each signal are those of the tokens: those whose length changes with the text's."""
+def _check_ids(ids: Tensor) -> None:
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= MOST_IDS):
+        raise CacheError(f"expected sample_id to be row numbers from 0, got {int(ids.min())} to {int(ids.max())}")
+
+
+def _check_padding(source: Any, asked: Batch) -> None:
+    """Raise where an answer depends on the padding of the batch that it came in."""
+    mask = asked.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return
+    if "position_ids" not in asked and bool((mask[:, 0] == 0).any()):
+        raise CacheError(
+            "texts are padded on the left without position_ids, so what a teacher says of one depends on the others in "
+            "its batch, and cannot be cached"
+        )
+
+
+def _token_axes(ask: Any, batch: Batch, asked: Batch, answer: Signals) -> dict[str, tuple[int, ...]]:
+    """Return which axes of each signal are those of the tokens: those that are as long as the text.
+
+    Raises:
+        CacheError: a signal depends on what else is in the batch.
+    """
     mask = token_mask(asked)
-    if mask is None:
+    length = 0 if mask is None else mask.shape[1]
+    shapes = [value.shape for value in answer.values() if isinstance(value, Tensor)]
+    if mask is None and not any(shape[0] in shape[1:] for shape in shapes):
         return {}
-    length = mask.shape[1]
-    other = {
-        name: _other_length(value, length) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim
-    }
+    other = {name: _other_length(v, length) for name, v in batch.items() if isinstance(v, Tensor) and v.ndim}
+    now = length - 1 if length > 2 else length + 1
     found = {}
-    for name, value in source(other).items():
-        whole = answer[name]
-        if isinstance(value, Tensor) and isinstance(whole, Tensor) and value.ndim == whole.ndim:
-            changed = (i for i in range(1, value.ndim) if value.shape[i] != whole.shape[i])
-            found[name] = tuple(changed)
+    for name, value in ask(other).items():
+        whole = answer.get(name)
+        if not isinstance(value, Tensor) or not isinstance(whole, Tensor) or value.ndim != whole.ndim:
+            continue
+        changed = tuple(i for i in range(1, value.ndim) if value.shape[i] != whole.shape[i])
+        if any((whole.shape[i], value.shape[i]) != (length, now) for i in changed):
+            raise CacheError(f"the teacher's '{name}' {list(whole.shape)} depends on the batch that a sample is in")
+        found[name] = changed
     return found
 
 
 def _other_length(value: Tensor, length: int) -> Tensor:
     """Return the first sample with a token less, its ends kept, or with one more where it has but one or two."""
-    if value.ndim != 2 or value.shape[1] != length:
+    if value.ndim < 2 or value.shape[1] != length:
         return value[:1]
     return torch.cat([value[:1, :1], value[:1, 2:]] if length > 2 else [value[:1, :1], value[:1]], dim=1)
 

@@ -9,6 +9,7 @@ written by whole batches.
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 
 from potstill.errors import CacheError
 
+logger = logging.getLogger("potstill")
+
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
@@ -34,7 +37,8 @@ SLOT_BYTES = 8 * _SLOT
 _BITS = np.uint64(40)
 _LOW = np.uint64((1 << 40) - 1)
 _FEWEST_SLOTS = 1024
-_MOST_IDS = 1 << 34
+MOST_IDS = 1 << 28
+"""Sample ids are below this: each takes a place in the index."""
 _SMALLEST, _LARGEST = 2**20, 2**30
 _AROUND = 2**16
 """Bytes around a place that the system maps with it."""
@@ -87,6 +91,7 @@ class Store:
         self._touched = 0
         self._records = self._words = 0
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / ".used").touch()  # by which a full cache knows what was used last
         known = about_store(self.folder)
         if known is None:
             staged = self.folder / f"{_ABOUT}.{os.getpid()}.tmp"
@@ -148,6 +153,8 @@ class Store:
         return Found(~none, none, none, words, counts, lengths, [])
 
     def _slots(self, view: int, ids: Ints) -> Words:
+        if view not in self._indexes and not (self.folder / _index_name(view)).exists():
+            return np.zeros((len(ids), _SLOT), np.uint64)
         index = self._index(view)
         inside = ids < len(index)
         if not inside.all():
@@ -202,7 +209,7 @@ class Store:
         """
         if not len(ids):
             return
-        if ids.min() < 0 or ids.max() >= _MOST_IDS:
+        if ids.min() < 0 or ids.max() >= MOST_IDS:
             raise CacheError(f"expected sample_id to be row numbers from 0, got {ids.min()} to {ids.max()}")
         index = self._index(view)
         if ids.max() >= len(index):
@@ -233,8 +240,8 @@ class Store:
         self._seal()
         size = max(self._next_size, 8 * words)
         while True:
+            number, path = self._new_file()
             try:
-                number, path = self._new_file()
                 _allocate(path, size)
                 break
             except OSError:
@@ -284,14 +291,14 @@ class Store:
 
     def _index(self, view: int, *, fresh: bool = False) -> np.memmap[Any, Any]:
         if fresh or view not in self._indexes:
-            path = self.folder / f"view-{view:05d}.index"
+            path = self.folder / _index_name(view)
             if not path.exists() or path.stat().st_size < SLOT_BYTES:  # made, and not yet given its length
                 return self._longer_index(view, _FEWEST_SLOTS)
             self._indexes[view] = _mapped_index(path)
         return self._indexes[view]
 
     def _longer_index(self, view: int, samples: int) -> np.memmap[Any, Any]:
-        path = self.folder / f"view-{view:05d}.index"
+        path = self.folder / _index_name(view)
         with FileLock(str(self.folder / ".lock")):
             known = path.stat().st_size // (8 * _SLOT) if path.exists() else 0
             if samples > known:
@@ -306,8 +313,11 @@ class Store:
     def _data(self, number: int, *, fresh: bool = False) -> np.memmap[Any, Any] | None:
         if self._own is not None and self._own[0] == number:
             return self._own[1]
+        path = self.folder / _file_name(number)
+        if number in self._files and not fresh:  # its owner may have cut off what it did not use
+            fresh = not path.exists() or path.stat().st_size < self._files[number].nbytes
         if fresh or number not in self._files:
-            path = self.folder / _file_name(number)
+            self._files.pop(number, None)
             size = path.stat().st_size // 8 if path.exists() else 0
             if not size:
                 return None
@@ -326,19 +336,20 @@ class Store:
 
 
 def about_store(folder: Path) -> dict[str, Any] | None:
-    """Return what the records of a folder are, or ``None`` where it is no store.
-
-    Raises:
-        CacheError: the description is damaged.
-    """
+    """Return what the records of a folder are, or ``None`` where nothing says so."""
     path = folder / _ABOUT
     if not path.is_file():
         return None
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CacheError(f"{path} is damaged ({error}); delete {folder}") from error
+    except ValueError:
+        logger.warning("%s is damaged and written again", path)
+        return None
     return about
+
+
+def _index_name(view: int) -> str:
+    return f"view-{view:05d}.index"
 
 
 def _file_name(number: int) -> str:

@@ -16,6 +16,10 @@ from potstill.interfaces import Batch
 TOKEN_INPUTS = ("attention_mask", "input_ids")
 """Entries whose second axis is that of the tokens."""
 
+_FLOAT_TOKENS = frozenset({"input_values"})
+"""Inputs of numbers that are padded as tokens are; other numbers only happen to be as many."""
+
+_SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FOLD = 41
 _BLOCK = 1 << 16
 
@@ -31,11 +35,11 @@ def tags(view: Batch, names: Sequence[str]) -> NDArray[np.uint64]:
         names: the entries that the teacher reads.
     """
     mask = token_mask(view)
-    total = torch.stack([_entry(name, view[name], mask) for name in sorted(names)]).sum(0)
-    mixed = total.cpu().numpy().view(np.uint64)
-    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    mixed = mixed ^ (mixed >> np.uint64(32))
-    return np.maximum(mixed, np.uint64(1))
+    hashed = [_entry(name, view[name], mask).cpu().numpy().view(np.uint64) for name in sorted(names)]
+    mixed = hashed[0]
+    for each in hashed[1:]:  # scrambled in between, so that what one entry adds another cannot take away
+        mixed = _scrambled(mixed) + each
+    return np.maximum(_scrambled(mixed), np.uint64(1))
 
 
 def token_mask(view: Batch) -> Tensor | None:
@@ -47,17 +51,25 @@ def token_mask(view: Batch) -> Tensor | None:
     return None
 
 
+def _scrambled(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    for _ in range(2):
+        bits = (bits ^ (bits >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return bits ^ (bits >> np.uint64(32))
+
+
 def _entry(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
     """Return int64 ``[B]``."""
     about = f"{name} {value.dtype} {list(value.shape[1:])}"
-    if mask is None or value.shape != mask.shape:
+    by_token = name in _FLOAT_TOKENS or not value.is_floating_point()
+    if mask is None or value.shape != mask.shape or not by_token:
         if value.device.type == "cpu":
             return torch.from_numpy(_hashed(value)) + _seed(about)
         words = _words(value)
         return (words * _multipliers(words.shape[1], words.device)).sum(1) + _seed(about)
     place = (mask.cumsum(1) - 1).clamp_min(0)  # among the sample's own tokens
     factors = _multipliers(value.shape[1], value.device)[place]
-    each = torch.where(mask, (value.long() + _seed(name)) * factors, 0)
+    numbers = value.view(_SAME_SIZE[value.element_size()]) if value.is_floating_point() else value
+    each = torch.where(mask, (numbers.long() + _seed(name)) * factors, 0)
     return each.sum(1) + _seed(f"{name} {value.dtype}") * (1 + mask.sum(1))
 
 

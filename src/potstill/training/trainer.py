@@ -29,6 +29,7 @@ from potstill.interfaces import IGNORED, Batch, Progress, Signals, TeacherSource
 from potstill.losses.objective import Objective, clamp_counts, default_objective
 from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
 from potstill.models.weights import load_modules, load_student, save_modules, save_student
+from potstill.teachers.cached import Cached
 from potstill.teachers.live import Live
 from potstill.teachers.shared import Sharing
 from potstill.training.arguments import check_arguments, check_budget, check_student
@@ -95,6 +96,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         check_student(model)
         module = DistillationModule(model, terms, forward=forward)
         self.teacher = _as_source(teacher, module, forward)
+        if isinstance(self.teacher, Cached):
+            self.teacher.unmasked |= terms.unmasked()
         if self.teacher is None and terms.needs_teacher():
             raise TrainingError("the objective compares with a teacher and none was given; pass teacher=…")
         self._signature_columns: list[str] | None = None
