@@ -64,7 +64,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of the distilled student's training, its first epoch without cached answers."""
+        """Of the distilled student's training, all of it with cached answers where there is a cache."""
         own = self.step_ms.get(CACHED if self.cached else LIVE, self.step_ms[FLOOR])
         return own * self.steps / 1000
 
