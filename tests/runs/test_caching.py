@@ -291,3 +291,8 @@ def test_a_large_table_is_known_by_some_of_its_rows(tmp_path: Path, cache: Cache
     runs = [execute(recipe(True, seed=seed), tmp_path / str(seed), cache) for seed in (1, 2)]
     other = execute(recipe(True, data={**TREE["data"], "seed": 7}), tmp_path / "other", cache)
     assert [counts(run) for run in (*runs, other)] == [[(288, 96)], [(384, 0)], [(288, 96)]]
+
+
+def test_a_teacher_of_whom_nothing_is_read_needs_no_cache(tmp_path: Path, cache: Cache) -> None:
+    run = execute(recipe("auto", objective={"hard": {"loss": "cross_entropy"}}), tmp_path / "run", cache)
+    assert counts(run) == []

@@ -46,7 +46,8 @@ def teacher_source(run: Run, name: str, *, strict: bool = False) -> TeacherSourc
         TrainingError: a cache is asked for, and random views are drawn without end.
     """
     wanted = cache_settings(run.recipe, name, strict=strict)
-    if wanted is None:
+    read = _read(run, name)
+    if wanted is None or not read:
         return run.live_teacher(name)
     taps = build.teacher_taps(run.recipe, run.objective, name)
     return Cached(
@@ -57,7 +58,7 @@ def teacher_source(run: Run, name: str, *, strict: bool = False) -> TeacherSourc
         top_k=wanted.top_k,
         strict=strict,
         unmasked=run.objective.unmasked(),
-        signals=_read(run, name),
+        signals=read,
         required=strict or run.recipe.all_teachers[name].cache != "auto",
         room=(len(run.splits.train) * (run.recipe.train.views or 1), run.cache.limit),
     )

@@ -70,7 +70,7 @@ def fill(run: Run, name: str) -> Counts:
     """
     source = teacher_source(run, name, strict=True)
     if not isinstance(source, Cached):
-        raise TrainingError(f"the teacher '{name}' has no cache")
+        raise TrainingError(f"no term reads the teacher '{name}', so there is nothing to cache")
     state = process_state()
     source.to(state.device)
     try:

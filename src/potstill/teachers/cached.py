@@ -215,6 +215,8 @@ class Cached:
     def _first(self, batch: Batch, asked: Batch) -> Signals:
         """Let the teacher answer, and learn from it what an answer looks like."""
         answer = self._asked(batch)
+        if not answer:
+            raise CacheError(f"the teacher gave none of {sorted(self.signals or ())}, so there is nothing to keep")
         try:
             axes = _token_axes(self._asked, batch, asked, answer)
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
