@@ -244,6 +244,11 @@ def is_random_view(recipe: Recipe, spec: TrainSpec) -> bool:
     return bool(recipe.data.augment if spec.augment is None else spec.augment)
 
 
+def count_views(recipe: Recipe, spec: TrainSpec) -> int | None:
+    """Return how many views of a sample a model that is trained so sees; ``None`` for views without end."""
+    return spec.views if is_random_view(recipe, spec) else 1
+
+
 def prepared(task: Task, student: Any, teachers: Mapping[str, Any] | None = None) -> Task:
     """Return a copy of a fitted task for these models; see :meth:`potstill.interfaces.Task.prepare`."""
     own = copy.copy(task)

@@ -60,7 +60,7 @@ def teacher_source(run: Run, name: str, *, strict: bool = False) -> TeacherSourc
         unmasked=run.objective.unmasked(),
         signals=read,
         required=strict or run.recipe.all_teachers[name].cache != "auto",
-        room=(len(run.splits.train) * (run.recipe.train.views or 1), run.cache.limit),
+        room=(len(run.splits.train) * (build.count_views(run.recipe, run.recipe.train) or 1), run.cache.limit),
     )
 
 
@@ -90,14 +90,13 @@ def cache_settings(recipe: Recipe, name: str, *, strict: bool = False) -> CacheS
     asked, train = recipe.all_teachers[name].cache, recipe.train
     if asked is False and not strict:
         return None
-    random = build.is_random_view(recipe, train)
-    endless, views = random and train.views is None, (train.views or 1) if random else 1
-    if endless and (asked != "auto" or strict):
+    views = build.count_views(recipe, train)
+    if views is None and (asked != "auto" or strict):
         raise TrainingError(
             f"the answers of the teacher '{name}' cannot be cached: each epoch shows new random views; say how many "
             "there are, as in `train: {views: 8}`, or `cache: false`"
         )
-    if asked == "auto" and not strict and (endless or train.epochs <= views):
+    if asked == "auto" and not strict and (views is None or train.epochs <= views):
         return None
     return asked if isinstance(asked, CacheSpec) else CacheSpec()
 

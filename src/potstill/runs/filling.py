@@ -147,7 +147,7 @@ class _Shares:
         places = list(range(len(self.dataset))) if order is None else order.tolist()
         parts = [places[start : start + spec.batch_size] for start in range(0, len(places), spec.batch_size)]
         self.parts = parts[process::processes]
-        self.views = (spec.views or 1) if build.is_random_view(run.recipe, spec) else 1
+        self.views = build.count_views(run.recipe, spec) or 1
 
     def __len__(self) -> int:
         return len(self.parts) * self.views

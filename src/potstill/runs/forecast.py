@@ -102,7 +102,7 @@ class Trial:
         every = {**trainers, **others}
         seconds = self._measured(every, {**dict.fromkeys(trainers, precision), **precisions}, budget_s)
         faster = {name: seconds[own] / seconds[name] for name in others}
-        possible = bool(recipe.all_teachers) and not (build.is_random_view(recipe, spec) and spec.views is None)
+        possible = bool(recipe.all_teachers) and build.count_views(recipe, spec) is not None
         if possible and not cached and spec.epochs > (spec.views or 1):
             faster["teacher.cache=true"] = seconds[LIVE] / seconds[CACHED]
         faster |= self._padding(spec)

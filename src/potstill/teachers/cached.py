@@ -12,7 +12,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -29,7 +29,10 @@ from potstill.teachers.tags import tags, token_mask
 logger = logging.getLogger("potstill")
 
 _BESIDE = frozenset({"labels", "sample_id", VIEW})
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = (bool, int, float, str, type(None))
+
+Known: TypeAlias = tuple[Store, Encoding, list[str]]
+"""Where answers are, what they look like, and the names of the inputs that they were given to."""
 
 
 @dataclass
@@ -102,7 +105,7 @@ class Cached:
         self.unmasked, self.room, self.required = frozenset(unmasked), room, required or strict
         self.signals = None if signals is None else frozenset(signals)
         self.counts = Counts()
-        self._opened: dict[str, tuple[Store, Encoding, list[str]]] = {}
+        self._opened: dict[str, Known] = {}
         self._is_full = self._is_off = False
         self._warned: set[str] = set()
 
@@ -115,11 +118,11 @@ class Cached:
             asked = teacher_view(batch, self.prefix)
             try:
                 _check_ids(ids)
-                _check_padding(self.live, asked)
+                _check_padding(asked)
                 known = self._known(ids.device)
                 if known is None:
                     return self._first(batch, asked)
-                return self._answered(batch, asked, *known)
+                return self._answered(batch, asked, known)
             except (CacheError, OSError) as error:
                 if self.required:
                     raise
@@ -162,7 +165,9 @@ class Cached:
         said: Signals = self.live(batch)
         return said if self.signals is None else {name: said[name] for name in said if name in self.signals}
 
-    def _answered(self, batch: Batch, asked: Batch, store: Store, encoding: Encoding, names: list[str]) -> Signals:
+    def _answered(self, batch: Batch, asked: Batch, known: Known, answer: Signals | None = None) -> Signals:
+        """Return what is kept for a batch, or ``answer``, the teacher's if omitted, and keep that."""
+        store, encoding, names = known
         ids = batch["sample_id"].cpu().numpy()
         self._check_inputs(asked, names, store)
         questions = tags(asked, names)
@@ -178,7 +183,7 @@ class Cached:
         if found.damaged.any():
             self._warn_of_damage(found.files, ids[found.damaged], view, store)
             self.counts.damaged += int(found.damaged.sum())
-        answer = self._asked(batch)
+        answer = self._asked(batch) if answer is None else answer
         words, counts, lengths = encoding.encode(answer, inside)
         new = ~found.whole
         kept = self._write(store, view, ids, questions, (words, counts, lengths), new)
@@ -225,8 +230,9 @@ class Cached:
             ) from error
         encoding = Encoding.of(answer, axes, precision=self.precision, top_k=self.top_k)
         self._check_room(encoding, answer, asked, batch["sample_id"])
-        self._open(batch["sample_id"].device, encoding, _accepted(self.live), _inputs_of(_accepted(self.live), asked))
-        return self._answered_first(batch, asked, answer)
+        accepted = _accepted(self.live)
+        known = self._open(batch["sample_id"].device, encoding, accepted, _inputs_of(accepted, asked))
+        return self._answered(batch, asked, known, answer)
 
     def _check_room(self, encoding: Encoding, answer: Signals, asked: Batch, ids: Tensor) -> None:
         if self.room is None:
@@ -251,24 +257,16 @@ class Cached:
         if mask is not None and "attention_mask" not in names and bool((mask == 0).any()):
             raise CacheError("the teacher reads no attention_mask: its answers depend on padding and cannot be cached")
 
-    def _answered_first(self, batch: Batch, asked: Batch, answer: Signals) -> Signals:
-        live, self.live = self.live, lambda _: answer
-        try:
-            store, encoding, names = self._opened[_ambient(batch["sample_id"].device)]
-            return self._answered(batch, asked, store, encoding, names)
-        finally:
-            self.live = live
-
-    def _known(self, device: torch.device) -> tuple[Store, Encoding, list[str]] | None:
+    def _known(self, device: torch.device) -> Known | None:
         ambient = _ambient(device)
-        if ambient not in self._opened:
-            about = about_store(self._folder(ambient))
-            if about is None:
-                return None
-            self._open(device, Encoding.from_plain(about["parts"]), about["accepted"], about["inputs"])
-        return self._opened[ambient]
+        if ambient in self._opened:
+            return self._opened[ambient]
+        about = about_store(self._folder(ambient))
+        if about is None:
+            return None
+        return self._open(device, Encoding.from_plain(about["parts"]), about["accepted"], about["inputs"])
 
-    def _open(self, device: torch.device, encoding: Encoding, accepted: list[str] | None, names: list[str]) -> None:
+    def _open(self, device: torch.device, encoding: Encoding, accepted: list[str] | None, names: list[str]) -> Known:
         padded = sorted({part.signal for part in encoding.parts if part.token_axes} & self.unmasked)
         if padded:
             raise CacheError(
@@ -277,6 +275,7 @@ class Cached:
         ambient = _ambient(device)
         about = {"identity": self._about(ambient), "parts": encoding.plain(), "accepted": accepted, "inputs": names}
         self._opened[ambient] = Store(self._folder(ambient), about), encoding, names
+        return self._opened[ambient]
 
     def _about(self, ambient: str) -> dict[str, Any]:
         stored: dict[str, Any] = {"precision": self.precision, "top_k": self.top_k}
@@ -325,9 +324,15 @@ def weights_hash(model: nn.Module) -> str:
         raw: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(raw)
     for name, module in model.named_modules():
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN) and key != "training"}
+        plain = {key: value for key, value in vars(module).items() if key != "training" and _is_plain(key, value)}
         digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
     return digest.hexdigest()
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an attribute of a module is a setting, which reads the same in every process."""
+    each = value if isinstance(value, tuple) else (value,)
+    return not key.startswith("_") and all(isinstance(item, _PLAIN) for item in each)
 
 
 def _identity(source: Any) -> Any:
@@ -384,7 +389,7 @@ def _check_ids(ids: Tensor) -> None:
         raise CacheError(f"expected sample_id to be row numbers from 0, got {int(ids.min())} to {int(ids.max())}")
 
 
-def _check_padding(source: Any, asked: Batch) -> None:
+def _check_padding(asked: Batch) -> None:
     """Raise where an answer depends on the padding of the batch that it came in."""
     mask = asked.get("attention_mask")
     if mask is None or mask.ndim != 2:
