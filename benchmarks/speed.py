@@ -6,7 +6,8 @@
 Each contender is a process that loads everything, says how long that took, and then waits. They take turns: in each
 round every one trains for about ``--seconds``, the others using no processor meanwhile. A rate is samples a second in a
 turn; a ratio is that of two contenders in the same round; the medians over the rounds are shown, with the least and the
-greatest. A turn in which other processes of the machine used more than ``--busy`` of its time is taken again, up to ten times.
+greatest. A turn in which other processes of the machine used more than ``--busy`` of its time is taken again, up to ten
+times.
 
 A ``--peer`` is any program that speaks as ``speed_worker.py`` describes.
 """
