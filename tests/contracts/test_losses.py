@@ -1,8 +1,8 @@
 """What every registered loss must hold to; a new one is tested without an edit here.
 
 The inputs are random tensors ``[6, 5]`` and ``[4, 3, 5]``. A loss that needs others says so where it registers:
-``example_shape`` (samples first), ``example_signals`` (how many a side, for tuples), ``example_options`` (for what a
-module needs to be made).
+``example_shape`` (samples first; several shapes for a loss that takes tuples), ``example_teacher_shape`` where the
+teacher's differ, ``example_options`` (for what a module needs to be made).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.interfaces import Progress
+from potstill.knowledge.alignment import make_projector
 from potstill.losses.objective import Objective, Term
 from potstill.registry import losses
 
@@ -31,14 +32,33 @@ def per(name: str) -> str:
 
 def shapes(name: str) -> tuple[tuple[int, ...], ...]:
     if "example_shape" in losses.facts(name):
-        return (tuple(losses.facts(name)["example_shape"]),)
+        return (sides(name, ())[0][0],)
     return SHAPES if per(name) == "position" else SHAPES[:1]
 
 
-def made(name: str) -> Any:
-    """The loss itself: a function, or a module with its default options."""
+def sides(name: str, shape: tuple[int, ...]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The shapes of the student's and of the teacher's signals."""
+    facts = losses.facts(name)
+    student = facts.get("example_shape", shape)
+    teacher = facts.get("example_teacher_shape", student)
+    several = [side if isinstance(side[0], tuple) else (side,) for side in (student, teacher)]
+    return [tuple(each) for each in several[0]], [tuple(each) for each in several[1]]
+
+
+def made(name: str, shape: tuple[int, ...] | None = None) -> Any:
+    """The loss itself: a function, or a module with its default options and parameters that are always the same."""
     target = losses.get(name)
-    return target(**losses.facts(name).get("example_options", {})) if inspect.isclass(target) else target
+    if not inspect.isclass(target):
+        return target
+    loss = target(**losses.facts(name).get("example_options", {}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if getattr(loss, "pending", False):
+            inputs = Inputs(name, shape or shapes(name)[0], torch.float32)
+            loss.materialize(*inputs.signals())
+        for parameter in loss.parameters():  # what begins at 0 would hide the student
+            torch.nn.init.normal_(parameter, std=0.5)
+    return loss
 
 
 def accepts(loss: Any) -> set[str]:
@@ -53,6 +73,7 @@ def cases(names: list[str]) -> list[Any]:
 
 CASES = cases(NAMES)
 SOFT_CASES = cases([name for name in NAMES if "teacher" in accepts(losses.get(name))])
+MODULES = [name for name in NAMES if inspect.isclass(losses.get(name))]
 ZERO_CASES = cases([name for name in NAMES if losses.facts(name).get("zero_at_equality")])
 
 
@@ -61,9 +82,9 @@ class Inputs:
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        count = int(losses.facts(name).get("example_signals", 1))
-        self.student = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
-        self.teacher = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+        student, teacher = sides(name, shape)
+        self.student = [torch.randn(each, generator=generator, dtype=torch.float64).to(dtype) for each in student]
+        self.teacher = [torch.randn(each, generator=generator, dtype=torch.float64).to(dtype) for each in teacher]
         self.labels = torch.randint(shape[-1], shape[:-1], generator=generator)
         self.index = torch.arange(shape[0])
 
@@ -86,10 +107,15 @@ class Inputs:
         """The value of the loss."""
         names = accepts(loss)
         offered = {"labels": self.labels, "mask": None, "index": self.index, "progress": Progress()}
-        sides = [self.student, self.teacher] if "teacher" in names else [self.student]
-        signals = [side[0] if len(side) == 1 else tuple(side) for side in sides]
+        signals = self.signals() if "teacher" in names else self.signals()[:1]
+        if isinstance(loss, nn.Module) and self.student[0].dtype == torch.float64:
+            loss = loss.double()
         value: Tensor = loss(*signals, **{key: value for key, value in offered.items() if key in names})
         return value
+
+    def signals(self) -> list[Any]:
+        """What a loss is called with: a tensor a side, or a tuple."""
+        return [side[0] if len(side) == 1 else tuple(side) for side in (self.student, self.teacher)]
 
 
 def test_there_are_losses_to_test():
@@ -145,6 +171,8 @@ def test_divergences_ignore_classes_that_are_impossible_for_both(name, dtype):
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_the_student_gets_the_right_gradient(name, shape):
     inputs, loss = Inputs(name, shape), made(name)
+    if isinstance(loss, nn.Module):
+        loss.eval()  # what has a memory adds to it in training, so that the same call gives another value
 
     def value(*student: Tensor) -> Tensor:
         varied = inputs[:]
@@ -160,16 +188,34 @@ def test_the_student_gets_the_right_gradient(name, shape):
 @pytest.mark.parametrize(("name", "shape"), SOFT_CASES)
 def test_the_teacher_gets_no_gradient_through_the_objective(name, shape):
     """A teacher's signal comes with a graph from peers and moving averages; the student must not train its teacher."""
-    inputs = Inputs(name, shape).requires_grad()
-    names = [f"s{i}" for i in range(len(inputs.student))]
+    inputs = Inputs(name, shape, torch.float32).requires_grad()
     options = losses.facts(name).get("example_options", {})
-    objective = Objective({"t": Term(name, names, names, mask="none", **options)})
+    names = [[f"s{i}" for i in range(len(side))] for side in (inputs.student, inputs.teacher)]
+    objective = Objective({"t": Term(name, *names, mask="none", **options)})
     batch = {"sample_id": inputs.index, "labels": inputs.labels}
     teacher = [each.clone().requires_grad_() for each in inputs.teacher]
-    signals = dict(zip(names, inputs.student, strict=True)), dict(zip(names, teacher, strict=True))
+    signals = dict(zip(names[0], inputs.student, strict=True)), dict(zip(names[1], teacher, strict=True))
+    objective.materialize(*signals, make=make_projector)
     objective(*signals, batch).total.backward()
     assert all(each.grad is None for each in teacher)
     assert all(each.grad is not None for each in inputs.student[:1])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_its_state_is_whole(name):
+    """What a module learns and remembers is in its state: another one that loads it goes on to the same bits."""
+    shape = shapes(name)[0]
+    first, second = made(name), made(name)
+    for seed in (1, 2):
+        Inputs(name, shape, torch.float32, seed=seed).into(first)
+    for parameter in first.parameters():
+        torch.nn.init.normal_(parameter)
+    second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()}, strict=True)
+    states = []
+    for loss in (first, second):
+        values = [Inputs(name, shape, torch.float32, seed=seed).into(loss) for seed in (3, 4)]
+        states.append([*values, *loss.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
@@ -212,14 +258,14 @@ def test_it_is_zero_where_both_agree_and_above_it_where_not(name, shape):
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_a_sample_does_not_see_the_others(name, shape):
     """Unless it is registered as `batch`, a loss that looks at other samples depends on how they were batched."""
-    inputs, loss = Inputs(name, shape), made(name)
-    value = inputs.into(loss)
+    inputs = Inputs(name, shape)
+    value = inputs.into(made(name))
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(1))
     if per(name) == "batch":
-        torch.testing.assert_close(inputs[order].into(loss), value)
+        torch.testing.assert_close(inputs[order].into(made(name)), value)
         return
-    torch.testing.assert_close(torch.cat([inputs[:1].into(loss), inputs[1:].into(loss)]), value)
-    torch.testing.assert_close(inputs[order].into(loss), value[order])
+    torch.testing.assert_close(torch.cat([inputs[:1].into(made(name)), inputs[1:].into(made(name))]), value)
+    torch.testing.assert_close(inputs[order].into(made(name)), value[order])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,9 +299,10 @@ def test_the_formula_can_be_shown(name):
     assert "{" not in shown
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_graph_break_under_compile(name):
-    shape = tuple(losses.facts(name).get("example_shape", SHAPES[0]))
+def test_no_graph_break_under_compile(name, backend):
+    shape = shapes(name)[0]
     eager, compiled = (
         Inputs(name, shape, torch.float32).requires_grad(),
         Inputs(name, shape, torch.float32).requires_grad(),
@@ -263,7 +310,7 @@ def test_no_graph_break_under_compile(name):
     expected = eager.into(made(name))
     torch._dynamo.reset()
     loss = made(name)
-    inner = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    inner = torch.compile(loss, backend=backend, fullgraph=True)
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         return inner(*args, **kwargs)

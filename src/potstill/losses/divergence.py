@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from potstill.losses.numerics import log_softmax
 from potstill.registry import losses
 
 Temperature = Annotated[float, Field(gt=0)]
@@ -70,17 +70,3 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: Tempera
     """
     log_student = log_softmax(student, temperature)
     return -(temperature**2) * (log_softmax(teacher, temperature).exp() * log_student).sum(-1)
-
-
-def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return finite log-probabilities ``[..., V]`` of ``logits / temperature`` in at least fp32.
-
-    Logits of −inf give the lowest finite number instead of −inf, so that 0 · log 0 is 0 and no gradient is NaN.
-    """
-    wide = at_least_fp32(logits)
-    return torch.log_softmax(wide / temperature, dim=-1).clamp_min(torch.finfo(wide.dtype).min)
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Return the tensor in fp32 where its type is narrower, else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from potstill.losses.divergence import at_least_fp32
+from potstill.losses.numerics import at_least_fp32
 from potstill.registry import losses
 
 

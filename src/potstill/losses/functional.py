@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from potstill.interfaces import IGNORED
-from potstill.losses.divergence import kl, log_softmax
+from potstill.losses.divergence import kl
 from potstill.losses.feature import mse
+from potstill.losses.numerics import log_softmax
 from potstill.losses.supervised import cross_entropy
 
 

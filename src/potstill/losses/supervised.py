@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from potstill.errors import ObjectiveError
 from potstill.interfaces import IGNORED
-from potstill.losses.divergence import at_least_fp32
+from potstill.losses.numerics import at_least_fp32
 from potstill.registry import losses
 
 
