@@ -138,10 +138,8 @@ class Objective(nn.Module):
         for name in self.pending_projectors():
             term = self.terms[name]
             if isinstance(term, Term):
-                said, taught = (
-                    term._pick(student, term.student, "student"),
-                    term._pick(teacher, term.teacher, "teacher"),
-                )
+                said = term.pick(student, term.student, "student")
+                taught = term.pick(teacher, term.teacher, "teacher")
                 if term.project_kind and term.projector is None:
                     term.projector = make(term.project_kind, said, taught)
                 loss: Any = term.loss
