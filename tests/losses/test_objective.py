@@ -359,20 +359,20 @@ def test_a_projector_by_name_is_made_from_the_signals():
 class Memory(nn.Module):
     """A loss with a memory: a vector for each sample."""
 
-    def __init__(self, scale: float = 1.0) -> None:
+    def __init__(self, size: float = 1.0) -> None:
         super().__init__()
-        self.scale = scale
+        self.size = size
         self.bank: Tensor
         self.register_buffer("bank", torch.arange(10.0).double())
 
     def forward(self, student: Tensor, teacher: Tensor, *, index: Tensor) -> Tensor:
-        return self.scale * (student - teacher).sum(-1) + self.bank[index]
+        return self.size * (student - teacher).sum(-1) + self.bank[index]
 
 
 @pytest.mark.parametrize("loss", [Memory(3.0), Memory])
 def test_a_loss_with_a_memory_is_a_module(loss):
     student, teacher = randn(2, 4, seed=27), randn(2, 4, seed=28)
-    options = {"scale": 3.0} if loss is Memory else {}
+    options = {"size": 3.0} if loss is Memory else {}
     objective = Objective({"m": Term(loss, **options)})
     assert [tuple(value.shape) for value in objective.state_dict().values()] == [(10,)]
     batch = {"sample_id": torch.tensor([7, 2])}
@@ -384,7 +384,7 @@ def test_a_loss_with_a_memory_is_a_module(loss):
 def test_a_registered_module_keeps_its_facts(monkeypatch, as_instance):
     """Without them a loss that couples the batch is taken for one value a sample, and its formula is lost."""
     monkeypatch.setitem(losses._entries, "memory", Memory)
-    monkeypatch.setitem(losses._facts, "memory", {"per": "batch", "formula": "M({student}, {scale})"})
+    monkeypatch.setitem(losses._facts, "memory", {"per": "batch", "formula": "M({student}, {size})"})
     term = Term(Memory(1.0) if as_instance else "memory")
     assert term.per == "batch"
     assert term.any_shape
@@ -394,8 +394,8 @@ def test_a_registered_module_keeps_its_facts(monkeypatch, as_instance):
 
 def test_the_fixed_options_of_a_module_cannot_be_ramps():
     """They are given once, when it is made; the ramp would stand at its first value for ever."""
-    with pytest.raises(ObjectiveError, match="scale"):
-        Term(Memory, scale={"from": 1.0, "to": 0.0})
+    with pytest.raises(ObjectiveError, match="size"):
+        Term(Memory, size={"from": 1.0, "to": 0.0})
 
 
 def test_a_loss_gets_the_keywords_that_it_names():
@@ -476,7 +476,7 @@ def test_both_ends_of_a_ramp_are_checked(stop):
         Term("kl", temperature={"from": 4.0, "to": stop})
 
 
-@pytest.mark.parametrize("weight", [{"start": 1.0}, {"from": 1.0}, "much", None])
+@pytest.mark.parametrize("weight", [{"start": 1.0}, {"from": 1.0}, "much", [1.0]])
 def test_a_weight_that_is_no_number_is_refused(weight):
     with pytest.raises(ObjectiveError, match=r"weight|a ramp needs"):
         Term("kl", weight=weight)
@@ -559,7 +559,7 @@ def test_describe_shows_ramps_and_defaults():
 
 
 def test_describe_shows_the_options_of_a_module():
-    assert "scale=3" in Term(Memory, scale=3.0).describe()
+    assert "size=3" in Term(Memory, size=3.0).describe()
 
 
 # mistakes

@@ -94,22 +94,35 @@ class Objective(nn.Module):
             if isinstance(term, Term):
                 yield name, term
 
-    def taps(self, side: str) -> list[str]:
-        """Return the names of the signals that the terms read from the ``"student"`` or the ``"teacher"``."""
-        names = [name for _, term in self.named_terms() for name in getattr(term, side)]
+    def active(self, progress: Progress | None = None) -> list[Term]:
+        """Return the terms whose weight is not 0 at this point of the training; at any point if omitted."""
+        terms = [term for _, term in self.named_terms()]
+        return [term for term in terms if not (term.never if progress is None else term.weight_at(progress) == 0)]
+
+    def taps(self, side: str, progress: Progress | None = None) -> list[str]:
+        """Return the names of the signals that the terms read from the ``"student"`` or the ``"teacher"``.
+
+        Args:
+            side: whose.
+            progress: those of terms whose weight is not 0 at this point of the training; at any point if omitted.
+        """
+        names = [name for term in self.active(progress) for name in getattr(term, side)]
         return list(dict.fromkeys(names))
 
-    def needs_teacher(self) -> bool:
-        """Return whether any term compares with a teacher."""
-        return any(not term.hard for _, term in self.named_terms())
+    def needs_teacher(self, progress: Progress | None = None) -> bool:
+        """Return whether any term compares with a teacher at this point of the training, or at any."""
+        return any(not term.hard for term in self.active(progress))
 
     def needs_labels(self) -> list[str]:
         """Return the names of the terms that cannot do without labels."""
-        return [name for name, term in self.named_terms() if "labels" in term._accepts]
+        return [name for name, term in self.named_terms() if "labels" in term._accepts and not term.never]
 
     def hard_only(self) -> Objective:
-        """Return the objective of the baseline: the hard terms alone, cross-entropy where there is none."""
-        hard = {name: copy.deepcopy(term) for name, term in self.named_terms() if term.hard}
+        """Return the objective of the baseline: the hard terms alone, cross-entropy where there is none.
+
+        A virtual teacher, which is made of labels, is a teacher: the baseline has none.
+        """
+        hard = {name: copy.deepcopy(term) for name, term in self.named_terms() if term.hard and not term.virtual}
         if len(hard) == 1:
             next(iter(hard.values())).weight = 1.0
         return Objective(hard or {"hard": Term("cross_entropy")}, response_mask=self.response_mask)
@@ -124,7 +137,8 @@ class Objective(nn.Module):
         return [
             name
             for name, term in self.named_terms()
-            if (term.project_kind and term.projector is None) or getattr(term.loss, "pending", False)
+            if not term.never
+            and ((term.project_kind and term.projector is None) or getattr(term.loss, "pending", False))
         ]
 
     def materialize(self, student: Signals, teacher: Signals, make: Callable[[str, Tensor, Tensor], nn.Module]) -> None:
@@ -144,7 +158,7 @@ class Objective(nn.Module):
                     term.projector = make(term.project_kind, said, taught)
                 loss: Any = term.loss
                 if getattr(loss, "pending", False):
-                    loss.materialize(said if term.projector is None else term.projector(said), taught)
+                    loss.materialize(term.projected(said, taught), taught)
 
     def describe(self) -> str:
         """Return the exact formula with its numbers, a line a term."""
@@ -154,7 +168,8 @@ class Objective(nn.Module):
         )
 
     def _count(self, term: Term, batch: Batch) -> Tensor:
-        mask = None if term.per == "batch" else term.mask_of(batch, self.response_mask)
+        whole = term.per == "batch" or term.own_mask
+        mask = None if whole else term.mask_of(batch, self.response_mask)
         if mask is None:
             return torch.tensor(float(_batch_size(batch)), dtype=torch.float64)
         return mask.sum().to(torch.float64 if mask.device.type != "mps" else torch.float32)
@@ -165,7 +180,7 @@ class Objective(nn.Module):
         values = term.values(student, teacher, batch, progress, self.response_mask)
         if term.per == "batch":
             return values.mean() * _batch_size(batch)
-        mask = term.mask_of(batch, self.response_mask)
+        mask = None if term.own_mask else term.mask_of(batch, self.response_mask)
         if mask is None:
             self._check_unmasked(name, term, values, batch)
             return values.flatten(1).mean(1).sum() if values.ndim > 1 else values.sum()

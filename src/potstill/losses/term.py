@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from potstill.errors import ObjectiveError, did_you_mean
 from potstill.interfaces import IGNORED, Batch, Progress, Signals
 from potstill.losses.ramps import Number, Ramp, as_number, at
+from potstill.losses.scale import Scale, as_scale
 from potstill.registry import losses
 
 Mask = str | Callable[[Batch], Tensor | None] | None
@@ -26,12 +27,15 @@ class Term(nn.Module):
         student: name of the student's signal, or several for a loss that takes tuples.
         teacher: name of the teacher's signal, ``TEACHER/SIGNAL`` where there are several teachers; unused by hard
             losses.
-        weight: factor of the term, a number, a ramp or a callable of the progress.
+        weight: factor of the term, a number, a ramp or a callable of the progress; the one that the paper of the loss
+            published if omitted, 1 where it has none.
         mask: positions that count: the name of a batch entry, a callable of the batch, ``"none"`` for all. ``None``
             chooses: labels other than −100 for hard losses, ``attention_mask`` for ``hidden.n``, the task's mask for
             responses.
-        project: module that maps the student's signal to the teacher's shape, or ``"linear"`` to make one by a dry
-            run (see :meth:`Objective.materialize`).
+        project: module that maps the student's signal to the teacher's shape, or the kind of one that is made by a
+            dry run, such as ``"linear"`` or ``"auto"`` (see :meth:`Objective.materialize`).
+        scale: factor by which another tool's convention differs: a number, or a product such as ``1/T^2`` or ``1/C``;
+            see :class:`potstill.losses.scale.Scale`.
         options: options of the loss; numbers may be ramps.
 
     Raises:
@@ -45,9 +49,10 @@ class Term(nn.Module):
         student: str | Sequence[str] = "logits",
         teacher: str | Sequence[str] = "logits",
         *,
-        weight: Number | Mapping[str, Any] = 1.0,
+        weight: Number | Mapping[str, Any] | None = None,
         mask: Mask = None,
         project: str | nn.Module | None = None,
+        scale: float | str | Scale = 1.0,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -73,9 +78,12 @@ class Term(nn.Module):
         self.any_shape = bool(facts.get("any_shape", False)) or self.per == "batch"
         self.formula: str | None = facts.get("formula")
         self.hard = "teacher" not in self._accepts
+        self.virtual = bool(facts.get("virtual", False))
+        self.own_mask = "mask" in self._accepts and self.per != "position"
         self.student = _names(student)
         self.teacher = () if self.hard else _names(teacher)
-        self.weight = as_number(weight)
+        self.weight = as_number(facts.get("weight", 1.0) if weight is None else weight)
+        self.scale = as_scale(scale)
         if not (callable(self.weight) or isinstance(self.weight, int | float)):
             raise ObjectiveError(f"weight expected a number or a ramp `{{from: …, to: …}}`, got {weight!r}")
         self.mask = mask
@@ -83,8 +91,16 @@ class Term(nn.Module):
         self.projector = project if isinstance(project, nn.Module) else None
 
     def weight_at(self, progress: Progress) -> float:
-        """Return the weight at this point of the training."""
+        """Return the weight at this point of the training, without the scale."""
         return float(at(self.weight, progress))
+
+    @property
+    def never(self) -> bool:
+        """Whether the term has weight 0 from the first step to the last."""
+        weight = self.weight
+        if isinstance(weight, Ramp):
+            return weight.start == weight.stop == 0
+        return isinstance(weight, int | float) and weight == 0
 
     def ramps(self, progress: Progress) -> dict[str, float]:
         """Return the present value of the weight and of every option that changes while training goes on."""
@@ -106,9 +122,8 @@ class Term(nn.Module):
         """
         arguments: list[Any] = [self.pick(student, self.student, "student")]
         if not self.hard:
-            if self.projector is not None:
-                arguments[0] = self.projector(arguments[0])
             arguments.append(self.pick(teacher, self.teacher, "teacher"))
+            arguments[0] = self.projected(*arguments)
             self._check_shapes(*arguments)
         extras = {"labels": batch.get("labels"), "index": batch.get("sample_id"), "progress": progress}
         keywords = {name: value for name, value in extras.items() if name in self._accepts}
@@ -116,14 +131,30 @@ class Term(nn.Module):
             keywords["mask"] = self.mask_of(batch, response_mask)
         if "labels" in keywords and keywords["labels"] is None:
             raise ObjectiveError(f"{self.loss_name} compares with labels and the batch has none; drop the term")
-        value: Tensor = self.loss(*arguments, **keywords, **{k: at(v, progress) for k, v in self.options.items()})
-        return value
+        options = {k: at(v, progress) for k, v in self.options.items()}
+        value: Tensor = self.loss(*arguments, **keywords, **options)
+        return value if self.scale == Scale() else value * self._scale_of(arguments[0], options)
+
+    def projected(self, student: Any, teacher: Any) -> Any:
+        """Return the student's signal as the loss gets it; the teacher's tells a projector that asks how long it is."""
+        if self.projector is None:
+            return student
+        if getattr(self.projector, "takes_teacher", False):
+            return self.projector(student, teacher)
+        return self.projector(student)
+
+    def _scale_of(self, student: Any, options: Mapping[str, Any]) -> float:
+        classes = student.shape[-1] if isinstance(student, Tensor) else 0
+        temperature = options.get("temperature", self._all_options().get("temperature"))
+        if (self.scale.temperature and temperature is None) or (self.scale.classes and not classes):
+            raise ObjectiveError(f"{self.loss_name} has no {'temperature' if classes else 'classes'} for {self.scale}")
+        return float(self.scale(temperature=temperature, classes=classes))
 
     @property
     def masks_tokens(self) -> bool:
         """Whether what is padding does not count."""
         usual = self.mask is None and _TOKEN_SIGNAL.search(self.student[0]) is not None
-        return self.per != "batch" and (self.mask == "attention_mask" or usual)
+        return (self.per == "position" or self.own_mask) and (self.mask == "attention_mask" or usual)
 
     def mask_of(self, batch: Batch, response_mask: Callable[[Batch], Tensor | None] | None = None) -> Tensor | None:
         """Return the positions that count as a bool tensor, or ``None`` where every sample counts once.
@@ -163,7 +194,8 @@ class Term(nn.Module):
         else:
             rest = "".join(f", {name}={value}" for name, value in shown.items())
             body = f"{self.loss_name}({', '.join(part for part in (student, teacher) if part)}{rest})"
-        return f"{weight} · {body}{smoothing}"
+        scale = "" if self.scale == Scale() else f"{self.scale} · "
+        return f"{weight} · {scale}{body}{smoothing}"
 
     def _all_options(self) -> dict[str, Any]:
         made = self.factory or self.loss

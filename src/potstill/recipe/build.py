@@ -401,6 +401,7 @@ def make_term(spec: TermSpec) -> Term:
         weight=spec.weight,
         mask=spec.mask,
         project=spec.project,
+        scale=spec.scale,
         **spec.options,
     )
 

@@ -15,8 +15,9 @@ from typing import Any
 from torch.nn import ModuleDict
 
 from potstill.data.augment import check_augmentations, split_step
-from potstill.errors import ComponentError, DataError, ObjectiveError, Problem, did_you_mean
-from potstill.losses.ramps import as_number, is_ramp
+from potstill.errors import ComponentError, DataError, PotstillError, Problem, did_you_mean
+from potstill.interfaces import Progress
+from potstill.losses.ramps import as_number, at, is_ramp
 from potstill.models.load import Blueprint
 from potstill.recipe.schema import SchemeSpec, TaskSpec, TermSpec, TrainSpec
 from potstill.registry import Registry, callbacks, check_options, losses, schemes, sources, tasks
@@ -254,12 +255,13 @@ def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Proble
     ends: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for key, value in spec.items():
         try:
-            ramp = as_number(value)
-        except (ObjectiveError, TypeError) as error:
+            ramp = as_number(value, allow_code=allow_code)
+            both = at(ramp, Progress()), at(ramp, Progress(step=1))
+        except (PotstillError, TypeError, ValueError) as error:
             problems.append(Problem((*path, key), str(error)))
             continue
         if key not in TermSpec.model_fields:
-            ends[0][key], ends[1][key] = (ramp.start, ramp.stop) if is_ramp(value) else (value, value)
+            ends[0][key], ends[1][key] = both
         elif key == "weight" and isinstance(value, Mapping) and not is_ramp(value):
             message = f"expected a number or a ramp `{{from: …, to: …}}`, got {dict(value)}"
             problems.append(Problem((*path, key), message))

@@ -170,14 +170,19 @@ class TeacherSpec(ModelSpec):
 
 
 class TermSpec(OpenSection):
-    """One term of the objective; the other keys are options of the loss, and numbers may be ramps."""
+    """One term of the objective; the other keys are options of the loss, and numbers may be ramps.
+
+    ``weight`` is the one published with the loss if omitted; ``scale`` is a factor such as ``1/T^2`` or ``1/C`` by
+    which another tool's convention differs.
+    """
 
     loss: str
     student: str | list[str] = "logits"
     teacher: str | list[str] = "logits"
-    weight: float | dict[str, Any] = 1.0
+    weight: float | dict[str, Any] | None = None
     mask: str | None = None
     project: str | None = None
+    scale: float | str = 1.0
 
 
 class SchemeSpec(OpenSection):
