@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ObjectiveError
 from potstill.interfaces import Batch, LossOutput, Progress, Signals, detach
+from potstill.losses.balance import GradientBalance
 from potstill.losses.term import Term as Term
 
 
@@ -24,6 +25,8 @@ class Objective(nn.Module):
     Args:
         terms: name to term.
         response_mask: the task's mask, for terms on responses that name none.
+        balance: settings of a :class:`potstill.losses.balance.GradientBalance` over the terms, such as
+            ``{"every": 20}``; none if omitted.
 
     Example:
         >>> objective = Objective({"soft": Term("kl", weight=0.7, temperature=4.0),
@@ -33,7 +36,11 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, terms: Mapping[str, Term], *, response_mask: Callable[[Batch], Tensor | None] | None = None
+        self,
+        terms: Mapping[str, Term],
+        *,
+        response_mask: Callable[[Batch], Tensor | None] | None = None,
+        balance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not terms:
@@ -44,6 +51,7 @@ class Objective(nn.Module):
                 raise ObjectiveError(f"a term cannot be called '{name}': the name is taken; choose another")
             self.terms[name.replace(".", "_")] = term
         self.response_mask = response_mask
+        self.balance = None if balance is None else GradientBalance(list(self.terms), **balance)
 
     def forward(
         self,
@@ -52,6 +60,7 @@ class Objective(nn.Module):
         batch: Batch,
         progress: Progress | None = None,
         counts: Mapping[str, Tensor] | None = None,
+        shared: Iterable[Tensor] | None = None,
     ) -> LossOutput:
         """Return the weighted sum and the value of each term.
 
@@ -69,20 +78,31 @@ class Objective(nn.Module):
         progress = progress or Progress()
         teacher = detach(teacher)
         counts = counts or clamp_counts(self.counts(batch))
-        parts: dict[str, Tensor] = {}
-        total: Tensor | float = 0.0
+        values: dict[str, Tensor] = {}
+        idle: Tensor | float = 0.0
         for name, term in self.named_terms():
-            weight = term.weight_at(progress)
-            if weight == 0:
-                total = total + _touch(term)
-                continue
-            summed = self._summed(name, term, student, teacher, batch, progress)
-            value = summed / counts[name].to(summed)
-            parts[name] = value.detach()
-            total = total + weight * value
-        if not isinstance(total, Tensor):
+            if term.weight_at(progress) == 0:
+                idle = idle + _touch(term)
+            else:
+                summed = self._summed(name, term, student, teacher, batch, progress)
+                values[name] = summed / counts[name].to(summed)
+        if not values:
             raise ObjectiveError("every term has weight 0 at this point of the training")
-        return LossOutput(total, parts)
+        factors = self._factors(values, progress, shared)
+        total: Tensor | float = idle
+        for name, term in self.named_terms():
+            if name in values:
+                total = total + term.weight_at(progress) * factors.get(name, 1.0) * values[name]
+        return LossOutput(torch.as_tensor(total), {name: value.detach() for name, value in values.items()})
+
+    def _factors(
+        self, values: Mapping[str, Tensor], progress: Progress, shared: Iterable[Tensor] | None
+    ) -> dict[str, float]:
+        if self.balance is None:
+            return {}
+        if shared is None:
+            raise ObjectiveError("balanced terms need `shared`: the parameters with respect to which they are compared")
+        return self.balance.factors(values, progress, [each for each in shared if each.requires_grad])
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Return each term's number of valid positions, from the batch alone: 0-d float64, may be 0."""
@@ -163,9 +183,11 @@ class Objective(nn.Module):
     def describe(self) -> str:
         """Return the exact formula with its numbers, a line a term."""
         lines = [f"{name}: {term.describe()}" for name, term in self.named_terms()]
-        return "total = Σ over the terms, each summed over its valid positions and divided by their number\n  " + (
-            "\n  ".join(lines)
-        )
+        if self.balance is not None:
+            to = f"that of {self.balance.reference}" if self.balance.reference else "their mean"
+            lines.append(f"(each term times the factor that brings the length of its gradient to {to})")
+        head = "total = Σ over the terms, each summed over its valid positions and divided by their number"
+        return "\n  ".join([head, *lines])
 
     def _count(self, term: Term, batch: Batch) -> Tensor:
         whole = term.per == "batch" or term.own_mask

@@ -275,7 +275,8 @@ def make_objective(recipe: Recipe, task: Task) -> Objective:
         ObjectiveError: a term cannot be made.
     """
     terms = {name: make_term(spec) for name, spec in recipe.objective.items()}
-    return Objective(terms, response_mask=task.mask)
+    balance = None if recipe.balance is None else recipe.balance.model_dump()
+    return Objective(terms, response_mask=task.mask, balance=balance)
 
 
 def teacher_taps(recipe: Recipe, objective: Objective, name: str) -> list[str]:

@@ -185,6 +185,18 @@ class TermSpec(OpenSection):
     scale: float | str = 1.0
 
 
+class BalanceSpec(Section):
+    """Terms whose gradients are brought to one length, so that weights say how much of the gradient is whose.
+
+    ``every`` so many optimizer steps the lengths are measured, which costs a backward a term, and smoothed by
+    ``decay``; ``reference`` names the term to whose length the others are brought, their mean if omitted.
+    """
+
+    every: Positive = 20
+    decay: Share = 0.9
+    reference: str | None = None
+
+
 class SchemeSpec(OpenSection):
     """Who teaches whom: a scheme's name and its options."""
 
@@ -234,6 +246,7 @@ class Recipe(Section):
     )
     student: StudentSpec
     objective: dict[str, TermSpec]
+    balance: BalanceSpec | None = None
     scheme: SchemeSpec = SchemeSpec()
     train: TrainSpec = TrainSpec()
     baseline: BaselineSpec = BaselineSpec()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -53,6 +53,7 @@ class Live:
         self.respond = forward or respond
         self.precision, self.compile = precision, compile or precision == "int8"
         self._made: tuple[Any, nn.Module, Compiled] | None = None
+        self._wanted: frozenset[str] | None = None
 
     def __call__(self, batch: Batch) -> Signals:
         """Return the responses and taps for the teacher's view of ``batch``, detached."""
@@ -61,9 +62,14 @@ class Live:
             if self.compile:
                 fast, compiled = self._fast(model)
                 return detach(compiled(fast, view))
-            with capture(model, self.taps, detach=True) as signals:
+            taps = self.taps if self._wanted is None else [tap for tap in self.taps if tap in self._wanted]
+            with capture(model, taps, detach=True) as signals:
                 answered = self.respond(model, view)
         return detach({**answered, **signals})
+
+    def narrow(self, names: Collection[str] | None) -> None:
+        """Read these taps alone from now on, all for ``None``; compiled code reads all in any case."""
+        self._wanted = None if names is None else frozenset(names)
 
     def to(self, device: torch.device | str) -> Live:
         """Move the teacher to a device and return it."""
@@ -110,6 +116,10 @@ class Deferred:
         """Return what the teacher answers."""
         return self.live(batch)
 
+    def narrow(self, names: Collection[str] | None) -> None:
+        """Read these taps alone from now on, all for ``None``."""
+        self.live.narrow(names)
+
     @cached_property
     def live(self) -> Live:
         """The teacher, loaded."""
@@ -138,10 +148,20 @@ class Several:
 
     def __init__(self, teachers: Mapping[str, TeacherSource]) -> None:
         self.teachers = dict(teachers)
+        self._asked = dict(teachers)
 
     def __call__(self, batch: Batch) -> Signals:
         """Return every teacher's signals under its name."""
-        return {f"{name}/{key}": value for name, t in self.teachers.items() for key, value in t(batch).items()}
+        return {f"{name}/{key}": value for name, t in self._asked.items() for key, value in t(batch).items()}
+
+    def narrow(self, names: Collection[str] | None) -> None:
+        """Ask for these signals alone from now on, all for ``None``; a teacher of whom nothing is read is not asked."""
+        self._asked = {}
+        for name, teacher in self.teachers.items():
+            own = None if names is None else [key.partition("/")[2] for key in names if key.startswith(f"{name}/")]
+            if own is None or own:
+                self._asked[name] = teacher
+                _narrow(teacher, own)
 
     def to(self, device: torch.device | str) -> Several:
         """Move every teacher that can move and return them."""
@@ -150,3 +170,26 @@ class Several:
             if move is not None:
                 move(device)
         return self
+
+
+class Questions:
+    """What is asked of a teacher: only what is read, and nothing at all where that is nothing."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[TeacherSource, list[str]] | None = None
+
+    def __call__(self, teacher: TeacherSource | None, batch: Batch, wanted: Sequence[str]) -> Signals:
+        """Return at least the wanted signals of a teacher for a batch."""
+        if teacher is None or not wanted:
+            return {}
+        if self._asked is None or self._asked[0] is not teacher or self._asked[1] != list(wanted):
+            self._asked = teacher, list(wanted)
+            _narrow(teacher, wanted)
+        return teacher(batch)
+
+
+def _narrow(source: TeacherSource, names: Collection[str] | None) -> None:
+    """Let a source give these signals alone from now on, all for ``None``; one that cannot choose gives all."""
+    choose: Any = getattr(source, "narrow", None)
+    if choose is not None:
+        choose(names)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from potstill.errors import TrainingError
+from potstill.losses.objective import Objective
 
 
 def check_arguments(args: TrainingArguments) -> TrainingArguments:
@@ -77,3 +78,17 @@ def _use_non_reentrant(args: Any, switch: str) -> None:
         )
     if getattr(args, switch, False):
         setattr(args, f"{switch}_kwargs", {**options, "use_reentrant": False})
+
+
+def check_balance(args: TrainingArguments, objective: Objective) -> None:
+    """Raise where the gradients of terms cannot be compared: in compiled code, or with parameters in shards.
+
+    Raises:
+        TrainingError: names the setting.
+    """
+    if objective.balance is None:
+        return
+    others = {"torch_compile": args.torch_compile, "fsdp": args.fsdp, "deepspeed": args.deepspeed}
+    wrong = next((name for name, value in others.items() if value), None)
+    if wrong is not None:
+        raise TrainingError(f"balance: the gradients of the terms cannot be compared under `{wrong}`; leave out one")

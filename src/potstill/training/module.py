@@ -64,7 +64,6 @@ class DistillationModule(nn.Module):
         self.student = student
         self.objective = objective or default_objective()
         self.responses = responses
-        self.taps = [name for name in self.objective.taps("student") if name not in responses]
         self._respond = forward or respond
         accepted_inputs(student)  # looked up once, before a compiler traces the forward
 
@@ -79,9 +78,22 @@ class DistillationModule(nn.Module):
         """Names that the student's forward accepts; empty for a plain module that takes its input by position."""
         return accepted_inputs(self.student) or frozenset()
 
-    def signals(self, batch: Batch) -> Signals:
-        """Return everything the student says about a batch: its responses and the tapped signals."""
-        with capture(self.student, self.taps) as tapped:
+    @property
+    def taps(self) -> list[str]:
+        """Every signal of the student that is read beside its responses."""
+        return self._taps(None)
+
+    def _taps(self, progress: Progress | None) -> list[str]:
+        return [name for name in self.objective.taps("student", progress) if name not in self.responses]
+
+    def signals(self, batch: Batch, progress: Progress | None = None) -> Signals:
+        """Return what the student says about a batch: its responses and the tapped signals.
+
+        Args:
+            batch: the inputs.
+            progress: the signals of terms whose weight is not 0 at this point of the training; of all if omitted.
+        """
+        with capture(self.student, self._taps(progress)) as tapped:
             answered = self._respond(self.student, batch)
         return {**answered, **tapped}
 
@@ -109,7 +121,7 @@ class DistillationModule(nn.Module):
         """
         if teacher is None:
             return call(self.student, batch, labels=True)
-        said = self.signals(batch)
+        said = self.signals(batch, progress or Progress())
         loss, parts = self._loss(said, teacher, batch, progress, counts)
         return DistillationOutput(loss=loss, logits=said.get(self.responses[0]), parts=parts)
 
@@ -121,7 +133,8 @@ class DistillationModule(nn.Module):
         progress: Progress | None,
         counts: Mapping[str, Tensor] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        output = self.objective(said, teacher, batch, progress, counts)
+        shared = self.student.parameters() if self.objective.balance is not None else None
+        output = self.objective(said, teacher, batch, progress, counts, shared)
         return output.total, output.parts
 
     @torch.no_grad()
