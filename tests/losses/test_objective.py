@@ -642,3 +642,86 @@ def test_a_mask_that_does_not_fit_names_both_shapes():
 def test_a_batch_without_tensors_has_no_samples():
     with pytest.raises(ObjectiveError, match="no tensor"):
         Objective({"soft": Term("kl")}).counts({})
+
+
+# what has weight 0 costs nothing
+
+
+def late(progress: Progress) -> float:
+    return 0.0 if progress.step < 5 else 1.0
+
+
+def test_only_signals_of_active_terms_are_read():
+    objective = Objective(
+        {
+            "soft": Term("kl", weight={"from": 1.0, "to": 0.0, "shape": "step", "end": 0.5}),
+            "hint": Term("mse", "hidden.1", "hidden.2", weight=late),
+            "never": Term("mse", "hidden.3", "hidden.6", weight=0.0, project="linear"),
+            "hard": Term("cross_entropy"),
+        }
+    )
+    begin, middle, end = (Progress(step, 10) for step in (0, 5, 9))
+    assert objective.taps("student") == ["logits", "hidden.1"]
+    assert objective.taps("student", begin) == ["logits"]
+    assert objective.taps("teacher", begin) == ["logits"]
+    assert objective.taps("teacher", middle) == ["hidden.2"]
+    assert objective.taps("student", end) == ["hidden.1", "logits"]
+    assert objective.pending_projectors() == []
+    objective.terms["hint"].weight = 0.0
+    assert objective.needs_teacher()
+    assert not objective.needs_teacher(end)
+
+
+def test_an_inactive_term_needs_no_signal():
+    objective = Objective({"hint": Term("mse", "hidden.1", "hidden.2", weight=late), "hard": Term("cross_entropy")})
+    batch = batch_of(2, labels=torch.tensor([0, 1]))
+    objective({"logits": randn(2, 3, seed=1)}, {}, batch, Progress(0, 10))
+    with pytest.raises(ObjectiveError, match=r"hidden\.1"):
+        objective({"logits": randn(2, 3, seed=1)}, {}, batch, Progress(5, 10))
+
+
+def test_a_term_has_the_weight_that_was_published_with_its_loss(monkeypatch):
+    monkeypatch.setitem(losses._facts, "mse", {**losses.facts("mse"), "weight": 100.0})
+    assert Term("mse").weight == 100.0
+    assert Term("mse", weight=2.0).weight == 2.0
+    assert Term("kl").weight == 1.0
+
+
+def test_a_virtual_teacher_is_not_in_the_baseline(monkeypatch):
+    monkeypatch.setitem(losses._facts, "cross_entropy", {**losses.facts("cross_entropy"), "virtual": True})
+    objective = Objective({"virtual": Term("cross_entropy", label_smoothing=0.3)})
+    assert objective.hard_only().describe().endswith("CE(labels, softmax(student.logits))")
+
+
+class Covering(nn.Module):
+    """A loss per sample that sees to its mask itself."""
+
+    per = "sample"
+
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None) -> Tensor:
+        values = (student - teacher).square().mean(-1)
+        return values.mean(1) if mask is None else (values * mask).sum(1) / mask.sum(1)
+
+
+def test_a_loss_that_masks_itself_counts_samples():
+    student, teacher = randn(2, 3, 4, seed=1), randn(2, 3, 4, seed=2)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    objective = Objective({"c": Term(Covering(), "hidden.1", "hidden.1")})
+    batch = batch_of(2, attention_mask=mask)
+    assert objective.counts(batch)["c"] == 2
+    found = objective({"hidden.1": student}, {"hidden.1": teacher}, batch).total
+    each = (student - teacher).square().mean(-1)
+    torch.testing.assert_close(found, (each[0, :2].mean() + each[1, 0]) / 2)
+    assert objective.unmasked() == set()
+
+
+def test_a_projector_that_asks_for_the_teacher():
+    class Stretch(nn.Module):
+        takes_teacher = True
+
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return student.expand_as(teacher)
+
+    objective = Objective({"m": Term("mse", project=Stretch())})
+    said, taught = torch.ones(2, 1, 4), torch.zeros(2, 3, 4)
+    assert objective({"logits": said}, {"logits": taught}, batch_of(2)).total == 1

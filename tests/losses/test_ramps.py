@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from potstill.errors import ObjectiveError
+from potstill.errors import CodeNotAllowedError, ComponentError, ObjectiveError
 from potstill.interfaces import Progress
 from potstill.losses.ramps import Ramp, as_number, at, is_ramp
 
@@ -111,3 +111,54 @@ def test_a_half_written_ramp_is_named_as_one(value, said):
     """Told that a number is expected, a person would think that ramps are not allowed here."""
     with pytest.raises(ObjectiveError, match=said):
         as_number(value)
+
+
+# sudden, in steps, of one's own
+
+
+def test_a_step_is_sudden():
+    ramp = Ramp(0.7, 0.0, "step", end=0.5)
+    assert [ramp(progress(share)) for share in (0, 0.49, 0.5, 1)] == [0.7, 0.7, 0.0, 0.0]
+    assert str(ramp) == "(0.7→0 step at 0.5 of the training)"
+
+
+def test_a_ramp_in_optimizer_steps_depends_on_no_plan():
+    """Warm-up over 500 steps is the same however long the training is."""
+    ramp = as_number({"from": 0.0, "to": 1.0, "end": 500})
+    for total in (600, 60_000):
+        assert [ramp(Progress(step, total)) for step in (0, 125, 500, 550)] == [0, 0.25, 1, 1]
+    later = Ramp(1.0, 0.0, begin=100, end=200)
+    assert [later(Progress(step, 300)) for step in (100, 150, 200)] == [1, 0.5, 0]
+    assert "100–200 steps" in str(later)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0.5, 20), (0, 20.5), (1.5, 20)])
+def test_shares_and_steps_are_not_mixed(begin, end):
+    with pytest.raises(ObjectiveError, match="shares"):
+        Ramp(0.0, 1.0, begin=begin, end=end)
+
+
+def sawtooth(progress: Progress, *, height: float = 1.0) -> float:
+    return height * (progress.step % 4)
+
+
+def test_a_schedule_of_ones_own():
+    number = as_number({"schedule": "tests.losses.test_ramps:sawtooth", "height": 2})
+    assert [at(number, Progress(step, 100)) for step in range(5)] == [0, 2, 4, 6, 0]
+    assert str(number) == "tests.losses.test_ramps:sawtooth(progress, height=2)"
+
+
+def test_a_schedule_needs_leave_and_must_be_there():
+    with pytest.raises(CodeNotAllowedError, match="--allow-code"):
+        as_number({"schedule": "tests.losses.test_ramps:sawtooth"}, allow_code=False)
+    with pytest.raises(ComponentError, match="did you mean 'sawtooth'"):
+        as_number({"schedule": "tests.losses.test_ramps:sawtoth"})
+
+
+def test_a_schedule_that_gives_no_number():
+    with pytest.raises(ObjectiveError, match="a number, got 'str'"):
+        at(as_number({"schedule": "tests.losses.test_ramps:wrong"}), Progress())
+
+
+def wrong(progress: Progress) -> str:
+    return "str"

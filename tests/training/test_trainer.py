@@ -6,6 +6,7 @@ import gc
 import json
 import random
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from potstill.errors import ModelError, TrainingError
 from potstill.interfaces import IGNORED, Batch, Signals
 from potstill.losses.objective import Objective, Term
 from potstill.models.plain import Mlp
+from potstill.teachers.live import Several
 from potstill.training.checkpoints import latest_checkpoint
 from potstill.training.trainer import DistillationTrainer, ready_batch
 from tests.training.tiny import arguments, flat, pairs, relative, student, teacher
@@ -136,6 +138,82 @@ class TestTeachers:
         for made in (default, given):
             made.train()
         assert torch.equal(flat(given.distillation_module), flat(default.distillation_module))
+
+
+class TestWhatIsNotRead:
+    """A term of weight 0 costs nothing: no tap on its account, and no forward of a teacher of whom nothing is read."""
+
+    def terms(self) -> dict[str, Term]:
+        early = {"from": 1.0, "to": 0.0, "shape": "step", "end": 2}
+        late = {"from": 0.0, "to": 1.0, "shape": "step", "end": 4}
+        return {
+            "soft": Term("kl", weight=early),
+            "hint": Term("mse", "hidden.1", "hidden.2", project="linear", weight=late),
+            "hard": Term("cross_entropy"),
+        }
+
+    def test_the_teacher_is_asked_for_what_is_read_and_then_not_at_all(self, tmp_path: Path, monkeypatch: Any) -> None:
+        calls: list[int] = []
+        taught, learner = teacher(), student()
+        forward = type(taught).forward
+
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(taught), "forward", counted)
+        seen: list[list[str]] = []
+        made = DistillationTrainer(
+            model=learner,
+            teacher=taught,
+            objective=self.terms(),
+            args=arguments(tmp_path, max_steps=6),
+            train_dataset=pairs(),
+        )
+        module, signals = made.distillation_module, made.distillation_module.signals
+        monkeypatch.setattr(
+            module,
+            "signals",
+            lambda batch, progress=None: seen.append(module._taps(progress)) or signals(batch, progress),
+        )
+        made.train()
+        assert len(calls) == 1 + 2 + 2  # the dry run, then steps 0 and 1 for the answers, 4 and 5 for the hidden states
+        assert seen[-6:] == [[], [], [], [], ["hidden.1"], ["hidden.1"]]
+
+    def test_it_trains_as_with_a_teacher_who_is_always_asked(self, tmp_path: Path) -> None:
+        states = []
+        for always in (False, True):
+            made = DistillationTrainer(
+                model=student(),
+                teacher=teacher(),
+                objective=self.terms(),
+                args=arguments(tmp_path / str(always), max_steps=6),
+                train_dataset=pairs(),
+            )
+            if always:
+                made._taught = partial(made._questions, made.teacher, wanted=["logits", "hidden.2"])  # type: ignore[method-assign]
+            made.train()
+            states.append(flat(made.distillation_module))
+        assert torch.equal(*states)
+
+    def test_a_teacher_of_several_who_is_not_read_is_not_asked(self, tmp_path: Path) -> None:
+        asked: list[str] = []
+
+        def source(name: str) -> Any:
+            def answer(batch: Batch) -> Signals:
+                asked.append(name)
+                return {"logits": torch.zeros(len(batch["sample_id"]), 3)}
+
+            return answer
+
+        terms = {
+            "first": Term("kl", teacher="first/logits", weight={"from": 1.0, "to": 0.0, "shape": "step", "end": 3}),
+            "second": Term("kl", teacher="second/logits", weight=0.5),
+        }
+        several = Several({name: source(name) for name in ("first", "second")})
+        trainer(tmp_path, teacher=several, objective=terms, max_steps=4).train()
+        assert asked.count("first") == 3
+        assert asked.count("second") == 4
 
 
 class TestWithoutLabels:
