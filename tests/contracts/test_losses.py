@@ -190,7 +190,7 @@ def test_the_teacher_gets_no_gradient_through_the_objective(name, shape):
     """A teacher's signal comes with a graph from peers and moving averages; the student must not train its teacher."""
     inputs = Inputs(name, shape, torch.float32).requires_grad()
     options = losses.facts(name).get("example_options", {})
-    names = [[f"s{i}" for i in range(len(side))] for side in (inputs.student, inputs.teacher)]
+    names = signal_names(inputs)
     objective = Objective({"t": Term(name, *names, mask="none", **options)})
     batch = {"sample_id": inputs.index, "labels": inputs.labels}
     teacher = [each.clone().requires_grad_() for each in inputs.teacher]
@@ -266,6 +266,33 @@ def test_a_sample_does_not_see_the_others(name, shape):
         return
     torch.testing.assert_close(torch.cat([inputs[:1].into(made(name)), inputs[1:].into(made(name))]), value)
     torch.testing.assert_close(inputs[order].into(made(name)), value[order])
+
+
+@pytest.mark.parametrize(("name", "shape"), [case for case in CASES if per(str(case.values[0])) != "batch"])
+def test_ragged_parts_of_a_batch_give_its_value_and_gradient(name, shape):
+    """Micro-batches of other sizes, each divided by the count of the whole: as accumulation and processes have it."""
+    inputs = Inputs(name, shape).requires_grad()
+    term = Term(made(name).double() if name in MODULES else name, *(list(side) for side in signal_names(inputs)))
+    objective = Objective({"t": term})
+    rows = [slice(0, 1), slice(1, 3), slice(3, shape[0])]
+    counts = objective.counts({"sample_id": inputs.index, "labels": inputs.labels})
+    values, gradients = [], []
+    for parts in ([slice(None)], rows):
+        total = sum(loss_of(objective, inputs[part], counts) for part in parts)
+        values.append(total)
+        gradients.append(torch.cat([each.flatten() for each in torch.autograd.grad(total, inputs.student)]))
+    torch.testing.assert_close(values[0], values[1], rtol=1e-10, atol=1e-12)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-10 * gradients[0].norm()
+
+
+def signal_names(inputs: Inputs) -> list[list[str]]:
+    return [[f"s{place}" for place in range(len(side))] for side in (inputs.student, inputs.teacher)]
+
+
+def loss_of(objective: Objective, inputs: Inputs, counts: dict[str, Tensor]) -> Tensor:
+    names = signal_names(inputs)
+    said, taught = (dict(zip(*pair, strict=True)) for pair in zip(names, (inputs.student, inputs.teacher), strict=True))
+    return objective(said, taught, {"sample_id": inputs.index, "labels": inputs.labels}, None, counts).total
 
 
 @pytest.mark.parametrize("name", NAMES)

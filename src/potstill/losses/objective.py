@@ -190,8 +190,7 @@ class Objective(nn.Module):
         return "\n  ".join([head, *lines])
 
     def _count(self, term: Term, batch: Batch) -> Tensor:
-        whole = term.per == "batch" or term.own_mask
-        mask = None if whole else term.mask_of(batch, self.response_mask)
+        mask = term.counted(batch, self.response_mask)
         if mask is None:
             return torch.tensor(float(_batch_size(batch)), dtype=torch.float64)
         return mask.sum().to(torch.float64 if mask.device.type != "mps" else torch.float32)
@@ -202,7 +201,7 @@ class Objective(nn.Module):
         values = term.values(student, teacher, batch, progress, self.response_mask)
         if term.per == "batch":
             return values.mean() * _batch_size(batch)
-        mask = None if term.own_mask else term.mask_of(batch, self.response_mask)
+        mask = term.counted(batch, self.response_mask)
         if mask is None:
             self._check_unmasked(name, term, values, batch)
             return values.flatten(1).mean(1).sum() if values.ndim > 1 else values.sum()

@@ -180,6 +180,16 @@ class Term(nn.Module):
         tokens = labels is not None and labels.ndim > 1 and not labels.is_floating_point()
         return labels != IGNORED if tokens and labels is not None else None
 
+    def counted(self, batch: Batch, response_mask: Callable[[Batch], Tensor | None] | None = None) -> Tensor | None:
+        """Return the mask by which values are counted: of samples ``[B]`` where the loss gives one value for each.
+
+        ``None`` where every sample counts once, as for a loss that sees to its mask itself.
+        """
+        if self.per == "batch" or self.own_mask:
+            return None
+        mask = self.mask_of(batch, response_mask)
+        return mask.flatten(1).any(1) if mask is not None and self.per == "sample" and mask.ndim > 1 else mask
+
     def describe(self, progress: Progress | None = None) -> str:
         """Return the term's formula with its numbers, for people."""
         student = ", ".join(f"student.{name}" for name in self.student)
