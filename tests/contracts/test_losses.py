@@ -180,7 +180,8 @@ def test_the_student_gets_the_right_gradient(name, shape):
         return varied.into(loss)
 
     leaves = tuple(each.clone().requires_grad_() for each in inputs.student)
-    assert torch.autograd.gradcheck(value, leaves, eps=1e-6, atol=1e-6)
+    if not losses.facts(name).get("stops_gradient"):  # a paper that holds part of the student fixed; see its own tests
+        assert torch.autograd.gradcheck(value, leaves, eps=1e-6, atol=1e-6)
     gradient = torch.autograd.grad(value(*leaves).sum(), leaves[0])[0]
     assert gradient.abs().max() > 1e-6
 
@@ -272,7 +273,9 @@ def test_a_sample_does_not_see_the_others(name, shape):
 def test_ragged_parts_of_a_batch_give_its_value_and_gradient(name, shape):
     """Micro-batches of other sizes, each divided by the count of the whole: as accumulation and processes have it."""
     inputs = Inputs(name, shape).requires_grad()
-    term = Term(made(name).double() if name in MODULES else name, *(list(side) for side in signal_names(inputs)))
+    soft = "teacher" in accepts(made(name))
+    loss = made(name).double() if name in MODULES else name
+    term = Term(loss, *signal_names(inputs), mask="none" if soft else None)
     objective = Objective({"t": term})
     rows = [slice(0, 1), slice(1, 3), slice(3, shape[0])]
     counts = objective.counts({"sample_id": inputs.index, "labels": inputs.labels})
@@ -320,8 +323,9 @@ def test_the_documentation(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_formula_can_be_shown(name):
-    shown = Term(name, **losses.facts(name).get("example_options", {})).describe()
-    assert shown.startswith("1.0 · ")
+    term = Term(name, **losses.facts(name).get("example_options", {}))
+    shown = term.describe()
+    assert shown.startswith(f"{term.weight} · ")
     assert "student.logits" in shown
     assert "{" not in shown
 

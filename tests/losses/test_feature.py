@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import pearsonr
 
-from potstill.losses.feature import cosine, mse
+from potstill.errors import ObjectiveError
+from potstill.losses.feature import cosine, mse, normalized_mse, pearson
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,9 +78,87 @@ def test_a_zero_vector_gives_a_finite_gradient():
     assert torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("loss", [mse, cosine])
+@pytest.mark.parametrize("loss", [mse, cosine, normalized_mse, pearson])
 def test_narrow_types_are_widened(loss):
     student, teacher = features(3, 300, seed=9).bfloat16(), features(3, 300, seed=10).bfloat16()
     value = loss(student, teacher)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, loss(student.double(), teacher.double()).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_normalized_mse_by_hand():
+    student = torch.tensor([[3.0, 4.0], [2.0, 0.0], [0.0, 5.0]], dtype=torch.float64)
+    teacher = torch.tensor([[8.0, 6.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    # (0.6, 0.8) and (0.8, 0.6); opposite directions; the same one
+    assert normalized_mse(student, teacher).tolist() == pytest.approx([0.08, 4.0, 0.0], abs=1e-15)
+
+
+def test_normalized_mse_is_the_sum_and_so_twice_the_cosine_loss():
+    """The authors' code takes the mean: with it a wider layer would count less."""
+    student, teacher = features(2, 5, 6, seed=11), features(2, 5, 6, seed=12)
+    s, t = (each.numpy() / np.linalg.norm(each.numpy(), axis=-1, keepdims=True) for each in (student, teacher))
+    np.testing.assert_allclose(normalized_mse(student, teacher).numpy(), ((s - t) ** 2).sum(-1), rtol=1e-12)
+    torch.testing.assert_close(normalized_mse(student, teacher), 2 * cosine(student, teacher))
+
+
+def correlations(student: torch.Tensor, teacher: torch.Tensor) -> list[float]:
+    """SciPy's coefficient of each channel, over samples and positions; the channels come last."""
+    pairs = zip(student.flatten(0, -2).T.numpy(), teacher.flatten(0, -2).T.numpy(), strict=True)
+    return [float(pearsonr(s, t).statistic) for s, t in pairs]
+
+
+def test_pearson_of_feature_maps_is_one_minus_the_correlation_of_each_channel():
+    student, teacher = features(3, 4, 2, 5, seed=13), features(3, 4, 2, 5, seed=14)
+    teacher = teacher + student  # so that the correlations are not all near 0
+    expected = np.mean([1 - r for r in correlations(student.movedim(1, -1), teacher.movedim(1, -1))])
+    assert pearson(student, teacher).item() == pytest.approx(expected, rel=1e-5)  # ε = 1e-6 beside the deviation
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5)])
+def test_pearson_of_vectors_and_tokens_has_the_channels_last(shape):
+    student, teacher = features(*shape, seed=15), features(*shape, seed=16)
+    expected = np.mean([1 - r for r in correlations(student, teacher)])
+    assert pearson(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pearson_ignores_the_scale_and_the_shift_of_each_channel():
+    student, teacher = features(3, 4, 2, 2, seed=17), features(3, 4, 2, 2, seed=18)
+    scale, shift = torch.tensor([1.0, 5.0, 0.5, 90.0]), torch.tensor([0.0, -7.0, 30.0, 2.0])
+    moved = student * scale[:, None, None] + shift[:, None, None]
+    torch.testing.assert_close(pearson(moved, teacher), pearson(student, teacher), rtol=1e-5, atol=0)
+    assert pearson(-teacher, teacher).item() == pytest.approx(2.0, rel=1e-5)
+
+
+def test_pearson_counts_only_what_the_mask_lets_through():
+    student, teacher = features(2, 4, 3, seed=19), features(2, 4, 3, seed=20)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    padded = student.masked_fill(~mask[..., None], 1e6).requires_grad_()
+    value = pearson(padded, teacher, mask=mask)
+    expected = np.mean([1 - r for r in correlations(student[mask][None], teacher[mask][None])])
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    value.backward()
+    assert (padded.grad[~mask] == 0).all()
+    maps = features(2, 3, 2, 2, seed=21), features(2, 3, 2, 2, seed=22)
+    first = pearson(*(each[:1] for each in maps))
+    torch.testing.assert_close(pearson(*maps, mask=torch.tensor([True, False])), first)
+    assert pearson(*maps, mask=torch.tensor([False, False])).item() == 0
+    with pytest.raises(ObjectiveError, match=r"mask \[2, 3\] does not fit"):
+        pearson(*maps, mask=torch.ones(2, 3))
+
+
+def test_pearson_of_constant_channels_is_finite():
+    """A dead channel has no variance; an unguarded division makes the whole gradient NaN."""
+    teacher = features(5, 3, seed=23)
+    teacher[:, 1] = 0.1
+    student = teacher.clone()
+    student[:, 0] = 0.1
+    student.requires_grad_()
+    value = pearson(student, teacher)
+    assert value.item() == pytest.approx(0.5 / 3, rel=1e-5)  # ½ for the first; the other two agree
+    value.backward()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_pearson_of_other_shapes_is_an_error():
+    with pytest.raises(ObjectiveError, match=r"got student \[2, 3\] and teacher \[2, 4\]"):
+        pearson(torch.zeros(2, 3), torch.zeros(2, 4))

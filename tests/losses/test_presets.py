@@ -7,9 +7,13 @@ import math
 import pytest
 import torch
 
-from potstill.errors import ComponentError, RecipeError
+from potstill.errors import ComponentError, ObjectiveError, RecipeError
+from potstill.interfaces import Progress
+from potstill.losses.objective import Objective
 from potstill.losses.presets import preset
+from potstill.recipe.build import make_term
 from potstill.recipe.load import load_recipe, recipe_from
+from potstill.registry import presets
 
 TEMPERATURE, WEIGHT = 20.0, 0.7
 
@@ -64,9 +68,45 @@ def test_an_option_may_be_a_ramp():
     assert found["soft"]["temperature"] == {"from": 8, "to": 2}
 
 
-def test_a_resolved_recipe_holds_the_terms_and_is_the_same_recipe():
-    recipe = load_recipe("digits", ["objective={preset: hinton}"])
+@pytest.mark.parametrize("name", presets.names())
+def test_a_resolved_recipe_holds_the_terms_and_is_the_same_recipe(name):
+    recipe = load_recipe("digits", [f"objective={{preset: {name}}}"])
     assert recipe_from(recipe.model_dump(mode="json")) == recipe
+    made = Objective({term: make_term(spec) for term, spec in recipe.objective.items()})
+    assert made.describe() == preset(name).describe()
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_options_and_changes_beside_any_preset(name):
+    found = objective_of(f"{{preset: {name}, temperature: 3.0, soft: {{weight: 0.25}}}}")
+    assert (found["soft"]["temperature"], found["soft"]["weight"]) == (3.0, 0.25)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_the_baseline_learns_from_the_labels_alone(name):
+    """TextBrewer gives the labels weight 0, TRL has no term for them: a baseline of that learns nothing."""
+    hard = preset(name).hard_only()
+    assert [(term.loss_name, term.weight_at(Progress())) for _, term in hard.named_terms()] == [("cross_entropy", 1.0)]
+
+
+def test_alpha_of_torchdistill_is_the_weight_of_the_labels():
+    found = objective_of("{preset: torchdistill, alpha: 0.7}")
+    assert (found["hard"]["weight"], found["soft"]["weight"]) == (0.7, 0.3)
+    ramp = "{from: 0.9, to: 0.2, shape: cosine, begin: 0.1, end: 0.6}"
+    found = objective_of(f"{{preset: torchdistill, alpha: {ramp}}}")
+    assert found["hard"]["weight"] == {"from": 0.9, "to": 0.2, "shape": "cosine", "begin": 0.1, "end": 0.6}
+    assert found["soft"]["weight"] == {"from": 0.1, "to": 0.8, "shape": "cosine", "begin": 0.1, "end": 0.6}
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [{"from": 0.9, "to": 0.1, "shape": "exponential"}, {"schedule": "os:getcwd"}, lambda progress: 0.5],
+    ids=["exponential", "schedule", "function"],
+)
+def test_an_alpha_without_a_ramp_for_the_rest_needs_beta(alpha):
+    with pytest.raises(ObjectiveError, match="say `beta` too"):
+        presets.get("torchdistill")(alpha=alpha)
+    assert presets.get("torchdistill")(alpha=alpha, beta=0.5)["soft"]["weight"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -77,6 +117,17 @@ def test_a_resolved_recipe_holds_the_terms_and_is_the_same_recipe():
         ("{preset: hinton, temprature: 2}", ["objective.temprature: preset 'hinton' has no option 'temprature'"]),
         ("{preset: hinton, temperature: -1}", ["objective.temperature: preset 'hinton': input should be greater than"]),
         ("{preset: hinton, sfot: {weight: 2}}", ["objective.sfot: preset 'hinton' has no term 'sfot'", "'soft'"]),
+        ("{preset: trl_gkd}", ["objective.preset: there is no preset 'trl_gkd'; did you mean 'trl-gkd'?"]),
+        ("{preset: trl-gkd, beta: 2.0}", ["objective.beta: preset 'trl-gkd': input should be less than or equal to 1"]),
+        ("{preset: repdistiller, beta: 1}", ["objective.beta: preset 'repdistiller' has no option 'beta'"]),
+        (
+            "{preset: neural-compressor, loss_type: MSE}",
+            ["objective.loss_type: preset 'neural-compressor': input should be", "got 'MSE'"],
+        ),
+        (
+            "{preset: torchdistill, alpha: {from: a, to: 0.5}}",
+            ["objective.soft.weight: a ramp expected a number for 'from'", "objective.hard.weight: a ramp expected"],
+        ),
         ("{preset: hinton, heat: {from: 1, to: 2}}", ["objective.heat: preset 'hinton' has no option 'heat'"]),
         ("{preset: hinton, weight: {from: a, to: 2}}", ["objective.soft.weight: a ramp expected a number for 'from'"]),
         (

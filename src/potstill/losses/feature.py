@@ -1,4 +1,4 @@
-"""Losses between features: ``[..., H]`` in, the mean over the last axis out."""
+"""Losses between features ``[..., H]``: ``mse`` and ``cosine`` average over the last axis, so widths do not matter."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from potstill.losses.numerics import at_least_fp32
+from potstill.errors import ObjectiveError
+from potstill.losses.numerics import at_least_fp32, safe_norm
+from potstill.losses.spatial import channels_last
 from potstill.registry import losses
+
+_EPSILON = 1e-6
 
 
 @losses.register(
@@ -19,6 +23,9 @@ from potstill.registry import losses
 )
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared difference, averaged over the last axis.
+
+    With ``project: linear`` of the term it is the hint of FitNets, which came with weights of 10 to 100; on
+    ``hidden.n`` it is the hidden-state loss of TinyBERT.
 
     Args:
         student: ``[..., H]``, features or logits.
@@ -36,7 +43,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     "cosine",
     per="position",
     reference="Sanh et al. 2019, https://arxiv.org/abs/1910.01108",
-    formula="1 − cos({student}, {teacher})",
+    formula="(1 − cos({student}, {teacher}))",
     zero_at_equality=True,
 )
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -54,3 +61,88 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     unit_student = F.normalize(at_least_fp32(student), dim=-1)
     unit_teacher = F.normalize(at_least_fp32(teacher), dim=-1)
     return 1 - torch.sum(unit_student * unit_teacher, dim=-1)
+
+
+@losses.register(
+    "normalized_mse",
+    per="position",
+    reference="Sun et al. 2019, https://arxiv.org/abs/1908.09355",
+    formula="‖{student}/‖{student}‖ − {teacher}/‖{teacher}‖‖²",
+    zero_at_equality=True,
+)
+def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance between two feature vectors of length 1, as in BERT-PKD (patient distillation).
+
+    It is the sum over the last axis, as the paper writes it, and so twice ``cosine`` where no vector is 0. The authors'
+    code takes the mean, which is H times smaller: their weights of 10 to 1000 are to be divided by H here. They compare
+    the vectors of the first token alone.
+
+    Args:
+        student: ``[..., H]``.
+        teacher: ``[..., H]``.
+
+    Returns:
+        ``[...]`` in [0, 4].
+
+    Reference: Sun et al. 2019, https://arxiv.org/abs/1908.09355.
+    """
+    unit_student = F.normalize(at_least_fp32(student), dim=-1)
+    unit_teacher = F.normalize(at_least_fp32(teacher), dim=-1)
+    return (unit_student - unit_teacher).square().sum(-1)
+
+
+@losses.register(
+    "pearson",
+    per="batch",
+    reference="Cao et al. 2022, https://arxiv.org/abs/2207.02039",
+    formula="mean over channels(1 − Pearson({student}, {teacher}))",
+    zero_at_equality=True,
+    weight=6.0,
+)
+def pearson(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """One minus the Pearson correlation of each channel over all positions of the batch, as in PKD for detectors.
+
+    Each channel is standardised over samples and positions; half the mean squared difference of two such channels is
+    1 − r. A channel that is constant counts 0 where both are, else ½. The weight is 6 for each level of the pyramid in
+    two-stage detectors, 10 in one-stage ones.
+
+    Args:
+        student: ``[B, C, H, W]``, or ``[B, T, H]`` or ``[B, H]`` with the channels last.
+        teacher: of the same shape.
+        mask: positions that count, ``[B]`` or one value a position.
+
+    Returns:
+        A number in [0, 2].
+
+    Raises:
+        ObjectiveError: the shapes differ, or the mask does not fit.
+
+    Reference: Cao et al. 2022, https://arxiv.org/abs/2207.02039.
+    """
+    if student.shape != teacher.shape:
+        raise ObjectiveError(
+            f"pearson expected signals of one shape, got student {list(student.shape)} and teacher "
+            f"{list(teacher.shape)}; `project: linear` maps one to the other"
+        )
+    wide_student, wide_teacher = (channels_last(at_least_fp32(each)) for each in (student, teacher))
+    share = _shares(wide_student, mask)
+    difference = _standardised(wide_student, share) - _standardised(wide_teacher, share)
+    return (share * difference.flatten(0, -2).square()).sum(0).mean() / 2
+
+
+def _shares(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the share of each position in a mean over those that count, ``[N, 1]``."""
+    positions = features[..., 0]
+    if mask is None:
+        return torch.full_like(positions, 1 / positions.numel()).reshape(-1, 1)
+    if positions.shape[: mask.ndim] != mask.shape:
+        raise ObjectiveError(f"pearson: a mask {list(mask.shape)} does not fit positions {list(positions.shape)}")
+    counted = mask.to(features.dtype).reshape(mask.shape + (1,) * (positions.ndim - mask.ndim)).expand_as(positions)
+    return (counted / counted.sum().clamp_min(1)).reshape(-1, 1)
+
+
+def _standardised(features: Tensor, share: Tensor) -> Tensor:
+    """Return features with mean 0 and variance 1 in each channel, of their shape."""
+    flat = features.flatten(0, -2)
+    centred = flat - (share * flat).sum(0)
+    return (centred / (safe_norm(share.sqrt() * centred, 0) + _EPSILON)).view(features.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -49,12 +50,16 @@ def as_scale(value: float | str | Scale) -> Scale:
     """
     if isinstance(value, Scale):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return Scale(float(value))
     if not isinstance(value, str):
         raise ObjectiveError(f"{_HELP}; got {value!r}")
-    above, _, below = value.replace(" ", "").partition("/")
-    factors = [(_parts(above, value), 1), (_parts(below.removeprefix("(").removesuffix(")") or "1", value), -1)]
+    above, slash, below = value.replace(" ", "").partition("/")
+    if below.startswith("(") and below.endswith(")"):
+        below = below[1:-1]
+    elif "*" in below or "·" in below:
+        raise ObjectiveError(f"{_HELP}, with brackets below the line; got '{value}'")
+    factors = [(_parts(above, value), 1)] + ([(_parts(below, value), -1)] if slash else [])
     number, powers = 1.0, {"T": 0, "C": 0}
     for parts, sign in factors:
         for symbol, power in parts:

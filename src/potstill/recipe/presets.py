@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from potstill.errors import Problem, did_you_mean
+from potstill.errors import ObjectiveError, Problem, did_you_mean
 from potstill.losses.ramps import is_ramp
 from potstill.registry import presets
 
@@ -30,10 +30,20 @@ def with_preset(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
     if problems:
         where = (*path, "preset") if name not in presets.names() else None
         return _without(tree), [Problem(where or p.path, p.message, p.hint) for p in problems]
-    made: dict[str, Any] = presets.get(name)(**options)
+    made = _terms(name, options)
+    if isinstance(made, Problem):
+        return _without(tree), [made]
     for key, value in terms.items():
         made[key] = {**({} if "loss" in value else made.get(key, {})), **value}
     return {**tree, "objective": made}, []
+
+
+def _terms(name: str, options: Mapping[str, Any]) -> dict[str, Any] | Problem:
+    try:
+        made: dict[str, Any] = presets.get(name)(**options)
+    except ObjectiveError as error:
+        return Problem(("objective",), str(error))
+    return made
 
 
 def _unknown(name: str, options: Mapping[str, Any], terms: Mapping[str, Any]) -> list[Problem]:
@@ -45,7 +55,9 @@ def _unknown(name: str, options: Mapping[str, Any], terms: Mapping[str, Any]) ->
             Problem(("objective", key), f"preset '{name}' has no option '{key}'", did_you_mean(key, known))
             for key in strange
         ]
-    made = presets.get(name)(**options)
+    made = _terms(name, options)
+    if isinstance(made, Problem):
+        return [made]
     strange = [key for key, value in terms.items() if "loss" not in value and key not in made]
     return [
         Problem(
