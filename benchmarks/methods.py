@@ -59,7 +59,7 @@ CIFAR10: dict[str, Terms] = {
     "label-smoothing": {"hard": {**HARD["hard"], "label_smoothing": 0.1}},
     "kd": SOFT,
     "dkd": {**HARD, "soft": {"loss": "dkd"}},
-    "dist": {**HARD, "soft": {"loss": "dist"}},
+    "dist": {**HARD, "soft": {"loss": "dist", "temperature": 4.0}},
     "logit standardisation": {"soft": {"loss": "kl_standardized"}, "hard": SOFT["hard"]},
     "at": stages("attention_transfer"),
     "sp": {**HARD, "layer3": stages("similarity")["layer3"]},

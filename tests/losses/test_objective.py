@@ -725,3 +725,26 @@ def test_a_projector_that_asks_for_the_teacher():
     objective = Objective({"m": Term("mse", project=Stretch())})
     said, taught = torch.ones(2, 1, 4), torch.zeros(2, 3, 4)
     assert objective({"logits": said}, {"logits": taught}, batch_of(2)).total == 1
+
+
+def test_a_loss_that_masks_itself_gets_the_mask_of_the_tokens_for_attention_too():
+    term = Term("minilmv2", ["query.3", "key.3", "value.3"], ["query.6", "key.6", "value.6"])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = batch_of(2, attention_mask=mask, labels=torch.tensor([0, 1]))
+    assert torch.equal(term.mask_of(batch), mask != 0)
+    assert term.counted(batch) is None
+    assert term.masks_tokens
+    plain = Term("mse", "attention.1", "attention.1")  # [B, heads, T, T] fits no mask of tokens
+    assert plain.mask_of(batch) is None
+    assert not plain.masks_tokens
+
+
+def test_labels_that_a_loss_can_do_without():
+    def choosy(student: Tensor, teacher: Tensor, *, labels: Tensor | None = None) -> Tensor:
+        return (student - teacher).abs().sum(-1) * (1 if labels is None else 2)
+
+    objective = Objective({"c": Term(choosy, mask="none")})
+    said, taught = {"logits": torch.ones(2, 3)}, {"logits": torch.zeros(2, 3)}
+    assert objective.needs_labels() == []
+    assert objective(said, taught, batch_of(2)).total == 3
+    assert objective(said, taught, batch_of(2, labels=torch.tensor([0, 1]))).total == 6

@@ -135,7 +135,7 @@ class Objective(nn.Module):
 
     def needs_labels(self) -> list[str]:
         """Return the names of the terms that cannot do without labels."""
-        return [name for name, term in self.named_terms() if "labels" in term._accepts and not term.never]
+        return [name for name, term in self.named_terms() if term.needs_labels and not term.never]
 
     def hard_only(self) -> Objective:
         """Return the objective of the baseline: the hard terms alone, cross-entropy where there is none.

@@ -117,7 +117,7 @@ def similarity(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) 
 
     Reference: Tung, Mori, *Similarity-Preserving Knowledge Distillation*, 2019, https://arxiv.org/abs/1907.09682.
     """
-    ours, theirs = (unit(_gram(_scaled(side))) for side in _both("similarity", student, teacher, mask))
+    ours, theirs = (unit(_gram(side)) for side in _both("similarity", student, teacher, mask))
     return (ours - theirs).square().mean()
 
 
@@ -203,7 +203,7 @@ def cka(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tens
     grams = []
     for side in _both("cka", student, teacher, mask):
         moved = side - side[:1].detach()  # exactly 0 where all samples are equal, which a mean is not
-        grams.append(unit(_gram(_scaled(moved - moved.mean(0))).flatten()))
+        grams.append(unit(_gram(moved - moved.mean(0)).flatten()))
     constant = (grams[0] == 0).all() & (grams[1] == 0).all()
     return (1 - (grams[0] * grams[1]).sum()).masked_fill(constant, 0)
 
@@ -298,12 +298,6 @@ def _angles(distances: Tensor) -> Tensor:
     across = squares[:, :, None] + squares[:, None, :] - squares[None]
     there = sides > 0
     return torch.where(there, across / torch.where(there, sides, torch.ones_like(sides)), torch.zeros_like(sides))
-
-
-def _scaled(vectors: Tensor) -> Tensor:
-    """Return the vectors over their largest entry, for functions that a common scale does not change."""
-    size = vectors.detach().abs().amax()
-    return vectors / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _gram(vectors: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from potstill.registry import losses
 
 Mask = str | Callable[[Batch], Tensor | None] | None
 _TOKEN_SIGNAL = re.compile(r"(^|[./])hidden\.\d+$")
+_SELF_ATTENTION = re.compile(r"(^|[./])(hidden|attention|query|key|value)\.\d+$")
 
 
 class Term(nn.Module):
@@ -30,8 +31,8 @@ class Term(nn.Module):
         weight: factor of the term, a number, a ramp or a callable of the progress; the one that the paper of the loss
             published if omitted, 1 where it has none.
         mask: positions that count: the name of a batch entry, a callable of the batch, ``"none"`` for all. ``None``
-            chooses: labels other than −100 for hard losses, ``attention_mask`` for ``hidden.n``, the task's mask for
-            responses.
+            chooses: labels other than −100 for hard losses, ``attention_mask`` for ``hidden.n`` (and ``attention.n``,
+            ``query.n``, … where the loss masks by itself), the task's mask for responses.
         project: module that maps the student's signal to the teacher's shape, or the kind of one that is made by a
             dry run, such as ``"linear"`` or ``"auto"`` (see :meth:`Objective.materialize`).
         scale: factor by which another tool's convention differs: a number, or a product such as ``1/T^2`` or ``1/C``;
@@ -70,7 +71,9 @@ class Term(nn.Module):
             target = _made(target, self.made_with, self.loss_name)
         self.loss = target
         call = target.forward if isinstance(target, nn.Module) else target
-        self._accepts = frozenset(inspect.signature(call).parameters)
+        parameters = inspect.signature(call).parameters
+        self._accepts = frozenset(parameters)
+        self.needs_labels = "labels" in parameters and parameters["labels"].default is inspect.Parameter.empty
         component = type(target) if isinstance(target, nn.Module) else target
         facts = losses.facts(losses.name_of(self.factory or component))
         self.probabilities = bool(facts.get("probabilities", False))
@@ -82,6 +85,8 @@ class Term(nn.Module):
         self.own_mask = "mask" in self._accepts and self.per != "position"
         self.student = _names(student)
         self.teacher = () if self.hard else _names(teacher)
+        by_token = _SELF_ATTENTION if self.own_mask else _TOKEN_SIGNAL
+        self._by_token = by_token.search(self.student[0]) is not None
         self.weight = as_number(facts.get("weight", 1.0) if weight is None else weight)
         self.scale = as_scale(scale)
         if not (callable(self.weight) or isinstance(self.weight, int | float)):
@@ -129,7 +134,7 @@ class Term(nn.Module):
         keywords = {name: value for name, value in extras.items() if name in self._accepts}
         if "mask" in self._accepts:
             keywords["mask"] = self.mask_of(batch, response_mask)
-        if "labels" in keywords and keywords["labels"] is None:
+        if self.needs_labels and keywords["labels"] is None:
             raise ObjectiveError(f"{self.loss_name} compares with labels and the batch has none; drop the term")
         options = {k: at(v, progress) for k, v in self.options.items()}
         value: Tensor = self.loss(*arguments, **keywords, **options)
@@ -153,7 +158,7 @@ class Term(nn.Module):
     @property
     def masks_tokens(self) -> bool:
         """Whether what is padding does not count."""
-        usual = self.mask is None and _TOKEN_SIGNAL.search(self.student[0]) is not None
+        usual = self.mask is None and self._by_token
         return (self.per == "position" or self.own_mask) and (self.mask == "attention_mask" or usual)
 
     def mask_of(self, batch: Batch, response_mask: Callable[[Batch], Tensor | None] | None = None) -> Tensor | None:
@@ -173,7 +178,7 @@ class Term(nn.Module):
         labels = batch.get("labels")
         if self.hard:
             return None if labels is None else _labelled(labels, self.probabilities)
-        if _TOKEN_SIGNAL.search(self.student[0]):
+        if self._by_token:
             return _as_bool(batch.get("attention_mask"))
         if response_mask is not None:
             return _as_bool(response_mask(batch))
