@@ -30,6 +30,9 @@ RESULTS = Path(__file__).parent / "results" / "methods"
 BASELINES = ("alone", "label-smoothing")
 Terms = dict[str, dict[str, Any]]
 
+WARM_UP = {"from": 0.0, "to": 1.0, "end": 20 / 240}
+"""The first 20 of 240 epochs, as DKD and ReviewKD were published."""
+
 HARD: Terms = {"hard": {"loss": "cross_entropy", "weight": 1.0}}
 SOFT: Terms = {
     "soft": {"loss": "kl", "weight": 0.9, "temperature": 4.0},
@@ -58,7 +61,7 @@ CIFAR10: dict[str, Terms] = {
     "alone": HARD,
     "label-smoothing": {"hard": {**HARD["hard"], "label_smoothing": 0.1}},
     "kd": SOFT,
-    "dkd": {**HARD, "soft": {"loss": "dkd"}},
+    "dkd": {**HARD, "soft": {"loss": "dkd", "weight": WARM_UP}},
     "dist": {**HARD, "soft": {"loss": "dist", "temperature": 4.0}},
     "logit standardisation": {"soft": {"loss": "kl_standardized"}, "hard": SOFT["hard"]},
     "at": stages("attention_transfer"),
@@ -80,6 +83,7 @@ CIFAR10: dict[str, Terms] = {
         **HARD,
         "review": {
             "loss": "review",
+            "weight": WARM_UP,
             "student": ["layer1", "layer2", "layer3"],
             "teacher": ["layer1", "layer2", "layer3"],
         },

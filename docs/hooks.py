@@ -2,7 +2,8 @@
 
 A table below a comment ``<!-- schema: TrainSpec -->`` has the columns key, type, default, and must agree with that
 section of ``potstill.recipe.schema`` or that class of ``potstill.runs.metrics``; one below ``<!-- components: losses
--->`` has the columns name, options, and each row must agree with the signature of that component.
+-->`` has the columns name, options, and each row must agree with the signature of that component; of losses also with
+what they give their values for and the weight that was published.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     for kind, table in _COMPONENTS.findall(markdown):
         for problem in _component_differences(kind, table):
             log.warning("%s: %s: %s", page.file.src_uri, kind, problem)
+    if page.file.src_uri == "objectives.md":
+        for name in registry.losses.names():
+            if f"| `{name}` |" not in markdown:
+                log.warning("%s: the loss `%s` is missing", page.file.src_uri, name)
     if page.file.src_uri == "recipes.md":
         for name in (*DEFAULTS, *MANAGED):
             if f"`{name}`" not in markdown:
@@ -70,6 +75,11 @@ def _component_differences(kind: str, table: str) -> Iterator[str]:
         )
         if written != expected:
             yield f"'{name}' has the options '{expected}', not '{written}'"
+        if kind == "losses":
+            facts = found.facts(short)
+            wanted = [str(facts.get("per", "position")), f"{facts.get('weight', 1):g}"]
+            if (told := [cell.strip() for cell in line.strip("|\n").split(" | ")[3:5]]) != wanted:
+                yield f"'{name}' gives its value per {wanted[0]} and has the weight {wanted[1]}, not {told}"
 
 
 def _differences(name: str, table: str) -> Iterator[str]:

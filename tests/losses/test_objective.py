@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from potstill.errors import ComponentError, ObjectiveError
 from potstill.interfaces import Batch, Progress
 from potstill.knowledge.alignment import make_projector
+from potstill.knowledge.vocabulary import VocabularyMap
 from potstill.losses.divergence import kl
 from potstill.losses.objective import Objective, Term, clamp_counts, default_objective
 from potstill.losses.ramps import Ramp
@@ -748,3 +749,12 @@ def test_labels_that_a_loss_can_do_without():
     assert objective.needs_labels() == []
     assert objective(said, taught, batch_of(2)).total == 3
     assert objective(said, taught, batch_of(2, labels=torch.tensor([0, 1]))).total == 6
+
+
+def test_vocabularies_are_aligned_before_anything_is_compared():
+    """A head that is padded to a rounder size has classes that nobody has; 0 for their logits would take mass."""
+    student, teacher = randn(2, 500, seed=1), randn(2, 504, seed=2)
+    term = Term("kl", align=VocabularyMap.of_sizes(500, 504).align_logits)
+    found = Objective({"soft": term})({"logits": student}, {"logits": teacher}, batch_of(2)).total
+    log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher[:, :500], -1)
+    torch.testing.assert_close(found, (log_p.exp() * (log_p - log_q)).sum(-1).mean())

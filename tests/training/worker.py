@@ -21,6 +21,8 @@ def main(folder: Path, batch_size: int, accumulation: int) -> None:
             "soft": Term("kl", weight=0.7, temperature=4.0),
             "hard": Term("cross_entropy", weight=0.3),
             "hint": Term("mse", "hidden.1", "hidden.2", project=nn.Linear(32, 48), weight=0.5),
+            "decoupled": Term("dkd", weight=0.1),
+            "relations": Term("minilmv2", ["query.1", "key.1", "value.1"], ["query.2", "key.2", "value.2"]),
         }
     )
     args = arguments(

@@ -71,6 +71,7 @@ class Objective(nn.Module):
             progress: where the training stands; its start if omitted.
             counts: the number of valid positions for each term in the whole accumulation window over all processes,
                 divided by the number of processes where gradients are averaged; this batch's own if omitted.
+            shared: the parameters that are trained, with respect to which terms are balanced.
 
         Raises:
             ObjectiveError: a signal is missing, shapes differ, or a mask does not fit.
@@ -172,8 +173,9 @@ class Objective(nn.Module):
         for name in self.pending_projectors():
             term = self.terms[name]
             if isinstance(term, Term):
-                said = term.pick(student, term.student, "student")
-                taught = term.pick(teacher, term.teacher, "teacher")
+                said, taught = term.aligned(
+                    term.pick(student, term.student, "student"), term.pick(teacher, term.teacher, "teacher")
+                )
                 if term.project_kind and term.projector is None:
                     term.projector = make(term.project_kind, said, taught)
                 loss: Any = term.loss

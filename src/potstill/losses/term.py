@@ -34,7 +34,10 @@ class Term(nn.Module):
             chooses: labels other than −100 for hard losses, ``attention_mask`` for ``hidden.n`` (and ``attention.n``,
             ``query.n``, … where the loss masks by itself), the task's mask for responses.
         project: module that maps the student's signal to the teacher's shape, or the kind of one that is made by a
-            dry run, such as ``"linear"`` or ``"auto"`` (see :meth:`Objective.materialize`).
+            dry run, such as ``"linear"`` or ``"auto"`` (see :meth:`Objective.materialize` and
+            :func:`potstill.knowledge.alignment.make_projector`).
+        align: ``(student, teacher) -> (student, teacher)``, called before the projector; for vocabularies see
+            :class:`potstill.knowledge.vocabulary.VocabularyMap`.
         scale: factor by which another tool's convention differs: a number, or a product such as ``1/T^2`` or ``1/C``;
             see :class:`potstill.losses.scale.Scale`.
         options: options of the loss; numbers may be ramps.
@@ -53,6 +56,7 @@ class Term(nn.Module):
         weight: Number | Mapping[str, Any] | None = None,
         mask: Mask = None,
         project: str | nn.Module | None = None,
+        align: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         scale: float | str | Scale = 1.0,
         **options: Any,
     ) -> None:
@@ -92,6 +96,7 @@ class Term(nn.Module):
         if not (callable(self.weight) or isinstance(self.weight, int | float)):
             raise ObjectiveError(f"weight expected a number or a ramp `{{from: …, to: …}}`, got {weight!r}")
         self.mask = mask
+        self.align = align
         self.project_kind = project if isinstance(project, str) else None
         self.projector = project if isinstance(project, nn.Module) else None
 
@@ -128,6 +133,7 @@ class Term(nn.Module):
         arguments: list[Any] = [self.pick(student, self.student, "student")]
         if not self.hard:
             arguments.append(self.pick(teacher, self.teacher, "teacher"))
+            arguments = list(self.aligned(*arguments))
             arguments[0] = self.projected(*arguments)
             self._check_shapes(*arguments)
         extras = {"labels": batch.get("labels"), "index": batch.get("sample_id"), "progress": progress}
@@ -139,6 +145,10 @@ class Term(nn.Module):
         options = {k: at(v, progress) for k, v in self.options.items()}
         value: Tensor = self.loss(*arguments, **keywords, **options)
         return value if self.scale == Scale() else value * self._scale_of(arguments[0], options)
+
+    def aligned(self, student: Any, teacher: Any) -> tuple[Any, Any]:
+        """Return both signals as they are compared, before the projector."""
+        return (student, teacher) if self.align is None else self.align(student, teacher)
 
     def projected(self, student: Any, teacher: Any) -> Any:
         """Return the student's signal as the loss gets it; the teacher's tells a projector that asks how long it is."""
