@@ -3,8 +3,8 @@
     python benchmarks/gradients.py
 
 A tiny BERT teaches a tiny DistilBERT on 24 padded pairs, 5 of them without a label, by two soft terms and a hard one, a
-feature term with a projector, and self-relations. One step of plain SGD tells the gradient. Prints the length of the difference over the length of
-the gradient of one batch of 24, for the student and for the projector.
+feature term with a projector, and self-relations. One step of plain SGD tells the gradient. Prints the length of the
+difference over the length of the gradient of one batch of 24, for the student and for the projector.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ SEES_EVERYTHING = {
     "runs/caching.py",
     "runs/filling.py",
     "runs/forecast.py",
+    "runs/layers.py",
     "runs/plan.py",
     "runs/preflight.py",
     "runs/steps.py",

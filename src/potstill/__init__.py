@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from potstill.losses.objective import Objective as Objective
     from potstill.losses.objective import Term as Term
     from potstill.losses.ramps import Ramp as Ramp
+    from potstill.models.sklearn_models import SklearnTeacher as SklearnTeacher
     from potstill.recipe.load import load_recipe as load_recipe
     from potstill.recipe.schema import Recipe as Recipe
     from potstill.runs.steps import Run as Run
@@ -43,6 +44,7 @@ _PUBLIC = {
     "Ramp": "potstill.losses.ramps",
     "Recipe": "potstill.recipe.schema",
     "Run": "potstill.runs.steps",
+    "SklearnTeacher": "potstill.models.sklearn_models",
     "Term": "potstill.losses.objective",
     "capture": "potstill.knowledge.capture",
     "load_recipe": "potstill.recipe.load",

@@ -204,7 +204,7 @@ def _type_problems(
         except ValidationError as error:
             said: dict[tuple[str | int, ...], dict[str, Any]] = {}
             for entry in error.errors():
-                said.setdefault(_within(value, entry["loc"][1:]), {})[entry["msg"].lower()] = entry["input"]
+                said.setdefault(_within(value, entry["loc"][1:]), {})[_lowered(entry["msg"])] = entry["input"]
             for where, inputs in said.items():
                 got = next(iter(inputs.values()))
                 problems.append(Problem((*path, name, *where), f"{label}: {' or '.join(inputs)}, got {got!r}"))
@@ -230,6 +230,10 @@ def _within(value: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
             where.append(part)
             value = value[part]
     return tuple(where)
+
+
+def _lowered(message: str) -> str:
+    return message[:1].lower() + message[1:]
 
 
 def _is_cast(given: Any, parsed: Any) -> bool:
@@ -260,7 +264,8 @@ augmentations = Registry(
     "potstill.data",
     frozenset({"batch", "images", "texts", "features", "draws", "lookup", "num_classes", "scale"}),
 )
+synthesizers = Registry("synthesizer", "potstill.data", frozenset({"table", "seed"}))
 models = Registry("model", "potstill.models")
 callbacks = Registry("callback", "potstill.training.callbacks")
 presets = Registry("preset", "potstill.losses.presets")
-_ALL = (losses, tasks, schemes, compressors, sources, augmentations, models, callbacks, presets)
+_ALL = (losses, tasks, schemes, compressors, sources, augmentations, synthesizers, models, callbacks, presets)

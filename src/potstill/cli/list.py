@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-_KINDS = "recipes, losses, tasks, schemes, sources, augmentations, models, callbacks, presets, compressors"
+_KINDS = "recipes, losses, tasks, schemes, sources, augmentations, synthesizers, models, callbacks, presets, compressors"
 
 
 def list_(

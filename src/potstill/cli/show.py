@@ -12,10 +12,14 @@ def show(recipe: RecipeArgument, overrides: OverridesArgument = None, allow_code
     set_up_logging()
     from potstill.losses.objective import Objective
     from potstill.recipe.build import make_term
+    from potstill.recipe.layers import as_written
     from potstill.recipe.load import load_recipe
     from potstill.runs.folder import to_yaml
 
     loaded = load_recipe(recipe, overrides or [], allow_code=allow_code)
     typer.echo(to_yaml(loaded.model_dump(mode="json")).rstrip())
-    objective = Objective({name: make_term(spec) for name, spec in loaded.objective.items()})
+    specs = [as_written(name, spec) for name, spec in loaded.objective.items()]
+    balance = None if loaded.balance is None else loaded.balance.model_dump()
+    terms = {name: make_term(spec) for each in specs for name, spec in each.items()}
+    objective = Objective(terms, balance=balance)
     typer.echo("\n# the objective\n" + "\n".join(f"# {line}" for line in objective.describe().splitlines()))

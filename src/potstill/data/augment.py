@@ -83,6 +83,8 @@ def check_augmentations(steps: Sequence[Step], kind: str, path: tuple[str | int,
     """
     problems: list[Problem] = []
     kinds = (kind,) if kind == "text" else (kind, "mix")  # tokens cannot be mixed
+    facts = {name: augmentations.facts(name) for name in augmentations.names()}
+    known = [n for n, each in facts.items() if each.get("kind") in kinds and each.get("only", kind) == kind]
     for place, step in enumerate(steps):
         try:
             name, options = split_step(step)
@@ -90,7 +92,6 @@ def check_augmentations(steps: Sequence[Step], kind: str, path: tuple[str | int,
             if isinstance(step, Mapping):  # anything else is a mistake that the schema reports
                 problems.append(Problem((*path, place), str(error)))
             continue
-        known = [n for n in augmentations.names() if augmentations.facts(n).get("kind") in kinds]
         if name not in known:
             hint = did_you_mean(name, known)
             problems.append(Problem((*path, place), f"there is no {kind} augmentation '{name}'", hint))

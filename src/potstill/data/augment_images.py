@@ -174,19 +174,84 @@ def mixup(
         DataError: the batch holds integers other than labels and ids (tokens cannot be mixed), or a label out of range.
     """
     others = lookup(draws.integers("mixup.partner", 0, _INDICES))
-    quantile = draws.uniform("mixup.lambda").double().cpu().numpy()
-    ratio = torch.from_numpy(beta.ppf(quantile, alpha, alpha)).float().to(draws.sample_id.device)
+    ratio = _ratio(draws, "mixup.lambda", alpha)
     mixed = dict(batch)
     for name, values in batch.items():
         if name == "labels":
-            mixed[name] = _mix(_soft(values, num_classes), _soft(others[name], num_classes), ratio)
+            mixed[name] = _mixed_labels(values, others[name], ratio, num_classes)
         elif values.is_floating_point():
             mixed[name] = _mix(values, others[name], ratio)
         elif name != "sample_id":
             raise DataError(f"mixup mixes images and features, not '{name}' of type {values.dtype}")
-    if "labels" in batch:
-        mixed["labels"] = mixed["labels"] * _labelled(batch["labels"], others["labels"])[:, None]
     return mixed
+
+
+@augmentations.register("cutmix", kind="mix", only="image", reference="https://arxiv.org/abs/1905.04899")
+def cutmix(
+    batch: Batch,
+    *,
+    draws: Draws,
+    lookup: Callable[[Tensor], Batch],
+    num_classes: int,
+    alpha: Annotated[float, Field(gt=0)] = 1.0,
+) -> Batch:
+    """Put a box of another image of the whole data set into each image (Yun et al., 2019).
+
+    The box has the image's shape and a share ``1 - λ`` of its area; its middle lies anywhere, and what would stick out
+    is cut off, so the labels are mixed by the area that is really shown. A teacher's view in another resolution gets
+    the same part of the same partner.
+
+    Args:
+        batch: every image ``[B, C, H, W]`` in it is mixed. ``sample_id`` stays. ``labels`` as in :func:`mixup`.
+        draws: random numbers of these samples.
+        lookup: as in :func:`mixup`.
+        num_classes: C.
+        alpha: λ comes from Beta(alpha, alpha), one for each sample; 1, as in the paper, is uniform.
+
+    Returns:
+        A new batch; its ``labels`` are float32 ``[B, C]``, a row of zeros where a sample or its partner is unlabelled.
+
+    Raises:
+        DataError: the batch holds other things than images, labels and ids, or no image, or a label out of range.
+
+    Reference:
+        Yun et al. 2019, *CutMix: Regularization strategy to train strong classifiers with localizable features*,
+        https://arxiv.org/abs/1905.04899.
+    """
+    others = lookup(draws.integers("cutmix.partner", 0, _INDICES))
+    edge = (1 - _ratio(draws, "cutmix.lambda", alpha).double()).sqrt()[:, None] / 2
+    middle = torch.stack([draws.uniform(f"cutmix.{axis}") for axis in "yx"], dim=1).double()
+    box = torch.stack([middle - edge, middle + edge]).clamp(0, 1)  # [start and end, B, y and x], as shares
+    mixed, ratio = dict(batch), None
+    for name, values in sorted(batch.items(), key=lambda entry: "/" in entry[0]):  # the student's image decides
+        if values.ndim == 4:
+            other = _inside(box, values.shape[-2], values.shape[-1]).to(values.device)
+            mixed[name] = torch.where(other[:, None], others[name], values)
+            ratio = 1 - other.float().mean((1, 2)) if ratio is None else ratio
+        elif name not in ("labels", "sample_id"):
+            raise DataError(f"cutmix mixes images [B, C, H, W], not '{name}' {list(values.shape)}")
+    if ratio is None:
+        raise DataError(f"cutmix mixes images [B, C, H, W], and the batch has none: {', '.join(batch)}")
+    if "labels" in batch:
+        mixed["labels"] = _mixed_labels(batch["labels"], others["labels"], ratio, num_classes)
+    return mixed
+
+
+def _ratio(draws: Draws, name: str, alpha: float) -> Tensor:
+    """Return λ from Beta(alpha, alpha), float32 [B]."""
+    quantile = draws.uniform(name).double().cpu().numpy()
+    return torch.from_numpy(beta.ppf(quantile, alpha, alpha)).float().to(draws.sample_id.device)
+
+
+def _inside(box: Tensor, height: int, width: int) -> Tensor:
+    """Return which pixels lie in each box of shares [2, B, 2], bool [B, H, W]."""
+    start, end = (box * torch.tensor([height, width], device=box.device)).round().long()
+    places = [torch.arange(size, device=box.device) for size in (height, width)]
+    rows, columns = (
+        (place >= start[:, axis, None]) & (place < end[:, axis, None]) for axis, place in enumerate(places)
+    )
+    inside: Tensor = rows[:, :, None] & columns[:, None, :]
+    return inside
 
 
 def _boxes(
@@ -216,21 +281,27 @@ def _mix(ours: Tensor, theirs: Tensor, ratio: Tensor) -> Tensor:
     return weight * ours + (1 - weight) * theirs
 
 
+def _mixed_labels(ours: Tensor, theirs: Tensor, ratio: Tensor, num_classes: int) -> Tensor:
+    """Return soft labels float32 [B, C], a row of zeros where either of the two is unknown."""
+    mixed = _mix(_soft(ours, num_classes), _soft(theirs, num_classes), ratio)
+    return mixed * _labelled(ours, theirs)[:, None]
+
+
 def _soft(labels: Tensor, num_classes: int) -> Tensor:
     if labels.is_floating_point():
         if labels.shape[1:] != (num_classes,):
-            raise DataError(f"mixup needs soft labels [B, {num_classes}] or class ids [B], got {list(labels.shape)}")
+            raise DataError(f"mixing needs soft labels [B, {num_classes}] or class ids [B], got {list(labels.shape)}")
         return labels.float()
     if labels.ndim != 1:
-        raise DataError(f"mixup needs one class id per sample, got labels {list(labels.shape)}")
+        raise DataError(f"mixing needs one class id per sample, got labels {list(labels.shape)}")
     if int(labels.max()) >= num_classes:
-        raise DataError(f"mixup: labels must lie below {num_classes}, got {int(labels.max())}")
+        raise DataError(f"mixing: labels must lie below {num_classes}, got {int(labels.max())}")
     return F.one_hot(labels.long().clamp(min=0), num_classes).float()
 
 
 def _labelled(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return the samples of which both labels are known, bool [B]; soft labels are."""
-    known = [labels >= 0 if labels.ndim == 1 else labels.new_ones(len(labels)).bool() for labels in (ours, theirs)]
+    """Return the samples of which both labels are known, bool [B]; a soft one of zeros is not."""
+    known = [labels >= 0 if labels.ndim == 1 else labels.any(-1) for labels in (ours, theirs)]
     return known[0] & known[1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 from potstill.data.sources import SPLIT_WORDS, Loaded
+from potstill.data.splits import Splits as Splits
 from potstill.errors import DataError, did_you_mean
 from potstill.registry import check_options, signature_options, sources
 
@@ -24,23 +25,6 @@ _ID = "sample_id"
 
 _Tables: TypeAlias = dict[str, Dataset]
 _Found: TypeAlias = tuple[list[str], dict[str, NDArray[np.int64]], list[str]]
-
-
-@dataclass
-class Splits:
-    """Three splits, each with an int64 column ``sample_id``.
-
-    Attributes:
-        train: rows to learn from.
-        validation: rows to choose by, or ``None``.
-        test: rows to report on, or ``None``.
-        notes: what happened on the way that a person should know.
-    """
-
-    train: Dataset
-    validation: Dataset | None = None
-    test: Dataset | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def load_splits(

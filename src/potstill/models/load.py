@@ -1,7 +1,8 @@
 """From a reference in a recipe to a model, and from a saved folder back to it.
 
 A reference is a hub id or a folder of transformers, ``timm:NAME``, ``torchvision:NAME``,
-``torchhub:REPO_OR_DIR/ENTRY``, ``potstill:NAME``, ``package.module:factory``, or a folder that potstill saved.
+``torchhub:REPO_OR_DIR/ENTRY``, ``sklearn:CLASS``, ``potstill:NAME``, ``package.module:factory``, or a folder that
+potstill saved.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ ORIGINS = {
     "timm": "potstill.models.timm_models:Timm",
     "torchvision": "potstill.models.torchvision_models:Torchvision",
     "torchhub": "potstill.models.torch_hub:TorchHub",
+    "sklearn": "potstill.models.sklearn_models:Sklearn",
 }
 """Prefix of a reference to the ecosystem that it belongs to; without a prefix it is transformers'."""
 

@@ -15,12 +15,14 @@ from transformers import TrainerCallback, TrainingArguments
 
 from potstill.data.augment import split_step
 from potstill.data.load import Splits, load_splits
+from potstill.data.splits import with_transfer
 from potstill.errors import DataError, ObjectiveError, TrainingError
 from potstill.interfaces import Batch, BatchDataset, Task
 from potstill.losses.objective import Objective, Term
 from potstill.models.hugging_face import hub_commit
 from potstill.models.inputs import TEACHER_PREFIX
 from potstill.models.load import Blueprint, read_card
+from potstill.recipe.layers import Pairs, spread
 from potstill.recipe.schema import ModelSpec, Recipe, TeacherSpec, TermSpec, TrainSpec, WhoSpec
 from potstill.registry import callbacks, tasks
 from potstill.runs.cache import file_hash
@@ -83,7 +85,7 @@ def make_splits(recipe: Recipe, *, allow_code: bool = True) -> Splits:
     Raises:
         DataError: the data cannot be read or split as asked, or leave nothing to judge on.
     """
-    data = recipe.data
+    data, label = recipe.data, str(recipe.task.options.get("label", "label"))
     found = load_splits(
         data.source,
         data.path,
@@ -92,7 +94,7 @@ def make_splits(recipe: Recipe, *, allow_code: bool = True) -> Splits:
         splits=data.splits,
         columns=data.columns,
         limit=data.limit,
-        label=str(recipe.task.options.get("label", "label")),
+        label=label,
         label_names=data.labels,
         validation=data.validation,
         test=data.test,
@@ -102,7 +104,10 @@ def make_splits(recipe: Recipe, *, allow_code: bool = True) -> Splits:
     )
     if found.test is None:
         raise DataError("there is no test split to judge the models on; say its share as in `data: {test: 0.2}`")
-    return found
+    if data.synthesize is None:
+        return found
+    features = recipe.task.options.get("features")
+    return with_transfer(found, data.synthesize, label=label, features=features, seed=data.seed, allow_code=allow_code)
 
 
 def make_blueprint(spec: ModelSpec) -> Blueprint:
@@ -268,13 +273,22 @@ def is_random(spec: TeacherSpec) -> bool:
     return spec.train is None and spec.weights is None and new
 
 
-def make_objective(recipe: Recipe, task: Task) -> Objective:
+def make_objective(recipe: Recipe, task: Task, layers: Mapping[str, Pairs] | None = None) -> Objective:
     """Return the objective of the distilled student.
 
+    Args:
+        recipe: the recipe.
+        task: whose mask the responses have.
+        layers: by term, the pairs of layers that were found for it.
+
     Raises:
-        ObjectiveError: a term cannot be made.
+        ObjectiveError: a term cannot be made, or its layers are to be found and are not there.
     """
-    terms = {name: make_term(spec) for name, spec in recipe.objective.items()}
+    found = layers or {}
+    specs = [spread(name, spec, found.get(name)) for name, spec in recipe.objective.items()]
+    terms = {name: make_term(spec) for each in specs for name, spec in each.items()}
+    if len(terms) < sum(map(len, specs)):
+        raise ObjectiveError("two terms of the objective have one name; rename the one without `layers`")
     balance = None if recipe.balance is None else recipe.balance.model_dump()
     return Objective(terms, response_mask=task.mask, balance=balance)
 

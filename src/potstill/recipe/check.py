@@ -18,9 +18,10 @@ from potstill.data.augment import check_augmentations, split_step
 from potstill.errors import ComponentError, DataError, PotstillError, Problem, did_you_mean
 from potstill.interfaces import Progress
 from potstill.losses.ramps import as_number, at, is_ramp
+from potstill.losses.scale import as_scale
 from potstill.models.load import Blueprint
 from potstill.recipe.schema import SchemeSpec, TaskSpec, TermSpec, TrainSpec
-from potstill.registry import Registry, callbacks, check_options, losses, schemes, sources, tasks
+from potstill.registry import Registry, callbacks, check_options, losses, schemes, sources, synthesizers, tasks
 
 Path_ = tuple[str | int, ...]
 
@@ -134,6 +135,7 @@ def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
         problems += _source(source, data, allow_code)
     name = _section(tree, "task").get("name")
     kind = tasks.facts(name).get("input") if isinstance(name, str) else None
+    problems += _synthesizer(data.get("synthesize"), kind, allow_code)
     if kind:
         trained: list[Path_] = [("train",), ("baseline", "train"), ("teacher", "train")]
         trained += [("teachers", owner, "train") for owner in _section(tree, "teachers")]
@@ -143,6 +145,22 @@ def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
                 what = f"batch_tokens counts the tokens of texts, and this is data of the kind '{kind}'"
                 problems.append(Problem((*path, "batch_tokens"), what, "use batch_size"))
     return problems
+
+
+def _synthesizer(step: Any, kind: str | None, allow_code: bool) -> list[Problem]:
+    where: Path_ = ("data", "synthesize")
+    try:
+        name, options = split_step(step)
+    except DataError:  # anything but a mapping is a mistake that the schema reports
+        message = "expected what makes rows as a name or as `name: {option: value}`"
+        return [Problem(where, message)] if isinstance(step, Mapping) else []
+    unknown = _unknown(name, synthesizers, where, allow_code)
+    if unknown:
+        return unknown
+    wanted = synthesizers.facts(name).get("kind", kind)
+    if kind is not None and wanted != kind:
+        return [Problem(where, f"'{name}' makes rows of the kind '{wanted}', and this is data of the kind '{kind}'")]
+    return synthesizers.check(name, options, path=(*where, name), allow_code=allow_code)
 
 
 def _source(source: str, data: Mapping[str, Any], allow_code: bool) -> list[Problem]:
@@ -166,12 +184,26 @@ def _models(tree: Mapping[str, Any], allow_code: bool, folder: Path | None) -> l
                 problems += [_renamed(problem, path, key) for problem in model.check(path, allow_code=allow_code)]
         if path[0] != "student":
             problems += check_train(_section(section, "train"), (*path, "train"), allow_code=allow_code)
+        problems += _fitted(section, path)
         problems += _weights(section, path, folder)
     return problems + _student(tree) + _teachers(tree)
 
 
 def _renamed(problem: Problem, path: Path_, key: str) -> Problem:
     return replace(problem, path=(*path, key)) if problem.path == (*path, "model") else problem
+
+
+def _fitted(section: Mapping[str, Any], path: Path_) -> list[Problem]:
+    """A classifier of scikit-learn teaches, and is fitted to the training split by its own rule."""
+    if not str(section.get("model")).startswith("sklearn:"):
+        return []
+    if path[0] == "student":
+        message = "a classifier of scikit-learn can teach, and cannot be a student: it has no gradient"
+        return [Problem((*path, "model"), message)]
+    usual = {"train": None, "weights": None, "pretrained": True, "processor": None, "precision": None, "compile": False}
+    given = [key for key, value in usual.items() if section.get(key, value) != value]
+    message = "a classifier of scikit-learn takes no `{}`: it is fitted to the training split, and answers as it is"
+    return [Problem((*path, key), message.format(key), "leave it out") for key in given]
 
 
 def _student(tree: Mapping[str, Any]) -> list[Problem]:
@@ -255,6 +287,8 @@ def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Proble
     ends: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for key, value in spec.items():
         try:
+            if key == "scale":
+                as_scale(value)
             ramp = as_number(value, allow_code=allow_code)
             both = at(ramp, Progress()), at(ramp, Progress(step=1))
         except (PotstillError, TypeError, ValueError) as error:

@@ -49,6 +49,8 @@ class DataSpec(Section):
 
     ``splits`` and ``columns`` map our names to the data set's; ``limit`` draws a seeded subset of a split;
     ``validation`` and ``test`` are the shares (or rows) carved from the training split where the set has none.
+    ``synthesize`` makes rows without labels from those of the training split, for the student to learn from its
+    teachers on; teachers and baseline are trained on the labelled ones.
     """
 
     source: str
@@ -64,6 +66,7 @@ class DataSpec(Section):
     seed: int = 42
     kwargs: dict[str, Any] = Field(default_factory=dict)
     augment: list[Component] = Field(default_factory=list)
+    synthesize: Component | None = None
 
 
 class TrainSpec(OpenSection):
@@ -168,12 +171,19 @@ class TeacherSpec(ModelSpec):
     precision: Literal["fp32", "bf16", "fp16", "int8", "auto"] | None = None
     compile: bool = False
 
+    @property
+    def learns_here(self) -> bool:
+        """Whether it is trained in the run, or, as a classifier of scikit-learn, fitted to the training split."""
+        return self.train is not None or self.model.startswith("sklearn:")
+
 
 class TermSpec(OpenSection):
     """One term of the objective; the other keys are options of the loss, and numbers may be ramps.
 
     ``weight`` is the one published with the loss if omitted; ``scale`` is a factor such as ``1/T^2`` or ``1/C`` by
-    which another tool's convention differs.
+    which another tool's convention differs. ``layers`` makes a term for each pair of layers, the student's to the
+    teacher's: numbers after ``student`` and ``teacher`` (``hidden`` if omitted) or module paths, or how they are found:
+    by a rule such as ``ratio`` or ``last``, or ``auto`` for those that say the most alike on a few samples (by CKA).
     """
 
     loss: str
@@ -183,6 +193,7 @@ class TermSpec(OpenSection):
     mask: str | None = None
     project: str | None = None
     scale: float | str = 1.0
+    layers: Literal["ratio", "last", "first", "skip", "pkd_last", "auto"] | dict[int | str, int | str] | None = None
 
 
 class BalanceSpec(Section):

@@ -60,7 +60,7 @@ def teacher_source(run: Run, name: str, *, strict: bool = False) -> TeacherSourc
         unmasked=run.objective.unmasked(),
         signals=read,
         required=strict or run.recipe.all_teachers[name].cache != "auto",
-        room=(len(run.splits.train) * (build.count_views(run.recipe, run.recipe.train) or 1), run.cache.limit),
+        room=(len(run.splits.taught_on) * (build.count_views(run.recipe, run.recipe.train) or 1), run.cache.limit),
     )
 
 
@@ -117,10 +117,10 @@ def _identity(run: Run, name: str, taps: list[str]) -> dict[str, Any]:
 
 
 def _table(run: Run) -> str:
-    """Return a hash of the training split: of a large one of some rows, for all inputs are compared in any case."""
-    table: Any = run.splits.train
+    """Return a hash of what is taught on: of a large table of some rows, for all inputs are compared in any case."""
+    table: Any = run.splits.taught_on
     if table.data.nbytes <= _LARGE:
-        return run.train_hash
+        return run.train_hash if run.splits.transfer is None else table_hash(table)
     return f"{len(table)} {table_hash(table.select(range(0, len(table), max(1, len(table) // 4096))))}"
 
 

@@ -23,6 +23,7 @@ from potstill.runs.cache import Cache
 from potstill.runs.caching import KIND, cache_settings, teacher_source
 from potstill.runs.plan import Plan
 from potstill.runs.processes import process_state
+from potstill.runs.training import fit_teacher
 from potstill.teachers.cached import Cached, Counts
 from potstill.teachers.live import Live
 from potstill.teachers.precision import tried_precision
@@ -106,6 +107,7 @@ def forecast(plan: Plan, name: str, *, batches: int = 5) -> CachePlan:
     built = build.make_blueprint(recipe.all_teachers[name]).make(
         plan.task_of(name).facts(), seed=recipe.seed, allow_code=plan.allow_code
     )
+    fit_teacher(plan, name, built.model)
     taps, prefix = build.teacher_taps(recipe, plan.objective, name), build.teacher_prefix(recipe, name)
     precision = tried_precision(recipe.all_teachers[name].precision)
     live = Live(built.model, taps, forward=task.forward, prefix=prefix, precision=precision).to(device)
@@ -123,7 +125,7 @@ def forecast(plan: Plan, name: str, *, batches: int = 5) -> CachePlan:
                 cached(made)
         each = cached.bytes_per_sample
         cached.close()
-    rows = len(plan.splits.train)
+    rows = len(plan.splits.taught_on)
     return CachePlan(name, rows, shares.views, each, sum(taken) / samples * rows * shares.views, Cache().root / KIND)
 
 
@@ -142,7 +144,7 @@ class _Shares:
     def __init__(self, run: Plan, process: int = 0, processes: int = 1) -> None:
         task = build.prepared_for_distillation(run.recipe, run.task, run.processors)
         spec = run.recipe.train
-        self.dataset = build.training_set(run.recipe, task, spec, run.splits.train, run.recipe.seed)
+        self.dataset = build.training_set(run.recipe, task, spec, run.splits.taught_on, run.recipe.seed)
         order = length_order(self.dataset)
         places = list(range(len(self.dataset))) if order is None else order.tolist()
         parts = [places[start : start + spec.batch_size] for start in range(0, len(places), spec.batch_size)]

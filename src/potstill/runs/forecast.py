@@ -25,7 +25,7 @@ from potstill.recipe.schema import TrainSpec
 from potstill.runs.caching import cache_settings
 from potstill.runs.plan import Plan
 from potstill.runs.processes import process_state
-from potstill.runs.training import make_trainer
+from potstill.runs.training import fit_teacher, make_trainer
 from potstill.teachers.cached import Cached
 from potstill.teachers.live import Live, Several
 from potstill.teachers.precision import tried_precision
@@ -89,8 +89,7 @@ class Trial:
         """
         recipe, spec = self.plan.recipe, self.plan.recipe.train
         precision = build.precision_of(spec)
-        labelled = self.plan.label in self.plan.splits.train.column_names
-        trainers = {FLOOR: self.trainer(spec, None if labelled else _Remembered(self.live))}
+        trainers = {FLOOR: self.trainer(spec, self._alone)}
         if recipe.all_teachers:
             live = self.live
             trainers[LIVE] = self.trainer(spec, live)
@@ -128,7 +127,7 @@ class Trial:
     def trainer(self, spec: TrainSpec, source: TeacherSource | None) -> DistillationTrainer:
         """Return a trainer of a fresh student."""
         plan = self.plan
-        objective = build.make_objective(plan.recipe, plan.task)
+        objective = plan.make_objective()
         trainer = make_trainer(
             plan,
             "distilled",
@@ -154,11 +153,18 @@ class Trial:
         for name, spec in recipe.all_teachers.items():
             facts = plan.task_of(name).facts()
             model = build.make_blueprint(spec).build(facts, seed=recipe.seed, allow_code=plan.allow_code)
+            fit_teacher(plan, name, model)
             taps = build.teacher_taps(recipe, plan.objective, name)
             prefix = build.teacher_prefix(recipe, name)
             live = Live(model, taps, forward=task.forward, prefix=prefix, precision=tried_precision(spec.precision))
             found[name] = live.to(self.device)
         return Several(found) if len(found) > 1 else next(iter(found.values()))
+
+    @cached_property
+    def _alone(self) -> TeacherSource | None:
+        """What stands in for the teachers where the student is timed alone."""
+        labelled = self.plan.label in self.plan.splits.taught_on.column_names
+        return None if labelled else _Remembered(self.live)
 
     def _ask(self, trainer: DistillationTrainer, source: TeacherSource, batches: int) -> None:
         """Let a cache know the answers to the first batches, as it does once every view was shown."""
@@ -191,12 +197,12 @@ class Trial:
     def _dataset(self) -> Any:
         plan, recipe = self.plan, self.plan.recipe
         task = build.prepared_for_distillation(recipe, plan.task, plan.processors)
-        return build.training_set(recipe, task, recipe.train, plan.splits.train, recipe.seed)
+        return build.training_set(recipe, task, recipe.train, plan.splits.taught_on, recipe.seed)
 
     @cached_property
     def _parts(self) -> list[list[int]]:
         """The places of the samples of each batch of the first epoch, the largest batch last."""
-        trainer = self.trainer(self.plan.recipe.train, None)
+        trainer = self.trainer(self.plan.recipe.train, self._alone)
         with torch.random.fork_rng(devices=[]):
             parts = [list(part) for part in trainer.get_train_dataloader().batch_sampler]
         lengths = np.asarray(getattr(self._dataset, "lengths", np.ones(len(self._dataset), np.int64)))

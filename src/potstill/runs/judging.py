@@ -134,7 +134,7 @@ class Judgement:
                 "role": self._roles[name],
                 "metrics": self._estimates(name),
                 "parameters": parameters(self.models[name]),
-                "bytes": bytes_on_disk(folder),
+                "bytes": getattr(self.models[name], "size_in_bytes", None) or bytes_on_disk(folder),
                 "latency_ms": {} if speed is None else speed.latency_ms,
                 "throughput": None if speed is None else speed.throughput,
                 "calibration": self._calibration(name),

@@ -70,7 +70,8 @@ class ModelMetrics(_Strict):
         role: what it is to the run.
         metrics: the task's metrics on the test split, each with a bootstrap interval over the samples.
         parameters: number of parameters.
-        bytes: size of the weight files.
+        bytes: size of the weight files; of a classifier of scikit-learn, which has no parameters, of itself as joblib
+            keeps it.
         latency_ms: median time of a forward in milliseconds, by batch size (``"1"``, ``"32"``).
         throughput: samples a second, at the batch size where they are most; none where latency is not measured.
         agreement: share of test samples answered as by the first teacher; none for that teacher.

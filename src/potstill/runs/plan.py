@@ -13,6 +13,7 @@ from potstill.losses.objective import Objective
 from potstill.models.freezing import freeze
 from potstill.recipe import build
 from potstill.recipe.schema import Recipe
+from potstill.runs.layers import find_layers
 
 
 class Plan:
@@ -48,9 +49,18 @@ class Plan:
     @cached_property
     def objective(self) -> Objective:
         """The objective of the distilled student; fresh projectors."""
-        objective = build.make_objective(self.recipe, self.task)
-        build.check_labels(objective, self.splits.train, self.label)
+        objective = self.make_objective()
+        build.check_labels(objective, self.splits.taught_on, self.label)
         return objective
+
+    def make_objective(self) -> Objective:
+        """Return the objective anew, with fresh projectors, whether or not there are labels for it."""
+        return build.make_objective(self.recipe, self.task, self.layers)
+
+    @cached_property
+    def layers(self) -> dict[str, list[tuple[str, str]]]:
+        """By term, the pairs of layers that the recipe leaves to be found."""
+        return find_layers(self)
 
     @property
     def label(self) -> str:

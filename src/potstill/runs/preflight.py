@@ -74,7 +74,7 @@ def after_teachers(run: Run, *, strict: bool = False) -> list[Finding]:
         run: the recipe, its data and its folder, with the teachers in it.
         strict: whether a teacher no better than chance is an error, as on the command line, or a warning.
     """
-    taught = [name for name, spec in run.recipe.all_teachers.items() if spec.train is not None]
+    taught = [name for name, spec in run.recipe.all_teachers.items() if spec.learns_here]
     if not taught:
         return []
     setup = _Setup(run)
@@ -136,7 +136,7 @@ class _Setup:
     def batch(self) -> Batch:
         """Samples of the training, from all over the split."""
         run = self.run
-        dataset = build.training_set(run.recipe, self.task, run.recipe.train, run.splits.train, run.recipe.seed)
+        dataset = build.training_set(run.recipe, self.task, run.recipe.train, run.splits.taught_on, run.recipe.seed)
         return dataset.__getitems__(_spread(len(dataset), _BATCH))
 
     def source(self, name: str) -> Live:
@@ -155,7 +155,7 @@ class _Setup:
         text = getattr(run.task, "text", None)
         return Subject(
             self.student.to(device),
-            build.make_objective(recipe, run.task).to(device),
+            run.make_objective().to(device),
             _placed(self.batch, device),
             teachers={name: self.source(name).to(device) for name in recipe.all_teachers},
             forward=self.task.forward,
@@ -173,7 +173,7 @@ class _Setup:
 
     def _knows(self, name: str) -> bool:
         spec = self.run.recipe.all_teachers[name]
-        return spec.train is None and not build.is_random(spec) and not self.teacher(name).fresh
+        return not spec.learns_here and not build.is_random(spec) and not self.teacher(name).fresh
 
     def _judged(self) -> Batch:
         train, validation = self.run.splits.train, self.run.splits.validation
@@ -236,7 +236,7 @@ def _tried(setup: _Setup) -> Iterator[str]:
     """Compute every term on a few samples, and make the settings of every training."""
     run, task = setup.run, setup.task
     batch = rows(setup.batch, 0, _TRIED)
-    objective = build.make_objective(run.recipe, run.task)
+    objective = run.make_objective()
     build.check_tokens(run.recipe, objective, batch)
     teachers = {name: setup.source(name) for name in run.recipe.all_teachers}
     source = Several(teachers) if len(teachers) > 1 else next(iter(teachers.values()), None)

@@ -40,12 +40,13 @@ from potstill.runs.cache import Cache, content_hash, table_hash
 from potstill.runs.caching import close_caches, teacher_source
 from potstill.runs.folder import RunFolder, write_json
 from potstill.runs.judging import Judgement
+from potstill.runs.layers import kept_layers
 from potstill.runs.metrics import RunMetrics
 from potstill.runs.plan import Plan
 from potstill.runs.preflight import after_teachers, before_training
 from potstill.runs.processes import process_state
 from potstill.runs.teachers import choose_forms, live_teacher
-from potstill.runs.training import make_trainer
+from potstill.runs.training import baseline_settings, fit_teacher, make_trainer
 from potstill.teachers.live import Live
 from potstill.training.callbacks import FollowScheme
 from potstill.training.checkpoints import latest_checkpoint
@@ -164,15 +165,30 @@ class Run(Plan):
             datasets.disable_progress_bars()
         return super().splits
 
+    @cached_property
+    def layers(self) -> dict[str, list[tuple[str, str]]]:
+        """By term, the pairs of layers that the recipe leaves to be found, as this run found them."""
+        return kept_layers(self)
+
     @property
     def _has_baseline(self) -> bool:
         if self.recipe.baseline.enabled and self.label not in self.splits.train.column_names:
             self._note("no baseline: the training split has no labels to train one on")
             return False
+        if self.recipe.baseline.enabled and self.splits.transfer is not None:
+            usual, steps = (
+                spec.options.get("max_steps") for spec in (self.recipe.baseline_train, self._baseline_train)
+            )
+            many = "" if steps == usual else f" for {steps:,} steps, as many as the student"
+            self._note(f"the baseline is trained on the {len(self.splits.train):,} labelled rows{many}")
         changes = _changes(self.recipe.train, self.recipe.baseline_train)
         if self.recipe.baseline.enabled and changes:
             self._note(f"the baseline is trained by settings of its own: {changes}")
         return self.recipe.baseline.enabled
+
+    @property
+    def _baseline_train(self) -> TrainSpec:
+        return baseline_settings(self, process_state().num_processes)
 
     def _seed(self, name: str) -> int:
         """Return the seed of a model: the recipe's, and another for each further teacher, else like ones were equal."""
@@ -255,6 +271,8 @@ class Run(Plan):
                     f"the training split has no labels to train the teacher '{name}' on; give `weights`"
                 )
             self._train(name, model, spec.train, build.supervised_objective(self.task))
+        if process_state().is_main_process and (rows := fit_teacher(self, name, model)):
+            self._event("fitted", step=name, rows=rows)
         self._save(name, model, blueprint)
         if spec.train is not None and process_state().is_main_process:
             self.cache.store("teachers", key, target)
@@ -281,7 +299,7 @@ class Run(Plan):
     def _baseline(self) -> None:
         """Train the student without a teacher."""
         model = self.student()
-        self._train("baseline", model, self.recipe.baseline_train, self.objective.hard_only())
+        self._train("baseline", model, self._baseline_train, self.objective.hard_only())
         self._save("baseline", model, self._student)
 
     def _distill(self) -> None:

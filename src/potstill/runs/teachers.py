@@ -103,7 +103,7 @@ def _batches(run: Run, device: Any) -> list[Batch]:
     """Return the first training batches: at least 4, with at least 128 samples, where there are as many."""
     spec = run.recipe.train
     task = build.prepared_for_distillation(run.recipe, run.task, run.processors)
-    dataset = build.training_set(run.recipe, task, spec, run.splits.train, run.recipe.seed)
+    dataset = build.training_set(run.recipe, task, spec, run.splits.taught_on, run.recipe.seed)
     count = max(_BATCHES, -(-_SAMPLES // spec.batch_size)) * spec.batch_size
     places = list(range(min(count, len(dataset))))
     parts = [places[start : start + spec.batch_size] for start in range(0, len(places), spec.batch_size)]

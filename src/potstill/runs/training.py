@@ -1,17 +1,23 @@
-"""The trainer of one of a recipe's models, made the same way for a run, a forecast and a profile."""
+"""How one of a recipe's models learns, the same way for a run, a forecast and a profile."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
+from potstill.data.batching import batches
+from potstill.errors import ModelError, TrainingError
 from potstill.interfaces import Task, TeacherSource
 from potstill.losses.objective import Objective
+from potstill.models.inputs import MAIN_INPUTS
+from potstill.models.sklearn_models import SklearnModel
 from potstill.recipe import build
 from potstill.recipe.schema import TrainSpec
 from potstill.runs.plan import Plan
@@ -32,7 +38,7 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     bars: bool = False,
 ) -> DistillationTrainer:
-    """Return what trains a model on the training split.
+    """Return what trains a model on the training split, or beside a teacher on the rows that are for that.
 
     Args:
         plan: what the recipe means.
@@ -60,10 +66,11 @@ def make_trainer(
         evaluates=validation is not None and plan.label in validation.column_names,
         allow_code=plan.allow_code,
     )
-    task = plan.task_of(name)
+    task, table = plan.task_of(name), plan.splits.train
     if teacher is not None:
         task = build.prepared_for_distillation(plan.recipe, plan.task, plan.processors)
-    train = build.training_set(plan.recipe, task, spec, plan.splits.train, seed)
+        table = plan.splits.taught_on
+    train = build.training_set(plan.recipe, task, spec, table, seed)
     build.check_tokens(plan.recipe, objective, train.__getitems__([0]))
     trainer = DistillationTrainer(
         model=model,
@@ -81,6 +88,47 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogLines(name))
     return trainer
+
+
+def fit_teacher(plan: Plan, name: str, model: nn.Module) -> int:
+    """Fit a classifier of scikit-learn to the labelled training split, without random views, and return its rows.
+
+    Args:
+        plan: what the recipe means.
+        name: the teacher's.
+        model: nothing is done to any other model, and to one that is fitted already: 0 rows.
+
+    Raises:
+        TrainingError: the training split has no labels.
+        ModelError: the task gives no numbers, or scikit-learn refuses them.
+    """
+    if not isinstance(model, SklearnModel) or model.is_fitted:
+        return 0
+    if plan.label not in plan.splits.train.column_names:
+        raise TrainingError(f"the training split has no labels to fit the teacher '{name}' to")
+    parts = list(batches(plan.task_of(name).dataset(plan.splits.train, training=False, seed=0), 1024))
+    key = next((key for key in MAIN_INPUTS if key in parts[0] and parts[0][key].is_floating_point()), None)
+    if key is None:
+        raise ModelError(f"the teacher '{name}' takes numbers, and the task gives {', '.join(sorted(parts[0]))}")
+    model.fit(torch.cat([part[key] for part in parts]), torch.cat([part["labels"] for part in parts]))
+    return int(model.about()["rows"])
+
+
+def baseline_settings(plan: Plan, processes: int = 1) -> TrainSpec:
+    """Return how the baseline is trained: by as many steps as a student that learns from a transfer set.
+
+    That set has more rows than the training split, so that the same epochs would be fewer steps. What the recipe says
+    of the baseline's own ``epochs`` or ``max_steps`` holds.
+    """
+    spec, own = plan.recipe.baseline_train, plan.recipe.baseline.train
+    told = own is not None and ("epochs" in own.model_fields_set or "max_steps" in own.options)
+    if plan.splits.transfer is None or told or spec.options.get("max_steps", -1) > 0:
+        return spec
+    usual = plan.recipe.train
+    rows = len(plan.splits.transfer) / usual.batch_size
+    each = math.ceil((math.floor(rows) if usual.options.get("dataloader_drop_last") else math.ceil(rows)) / processes)
+    steps = max(1, math.ceil(each / usual.options.get("gradient_accumulation_steps", 1)))
+    return TrainSpec(**{**dict(spec), "max_steps": math.ceil(steps * usual.epochs)})
 
 
 class _Metrics:
