@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from potstill.errors import ComponentError, ObjectiveError
-from potstill.interfaces import Batch, Progress
+from potstill.interfaces import IGNORED, Batch, Progress
 from potstill.knowledge.alignment import make_projector
 from potstill.knowledge.vocabulary import VocabularyMap
 from potstill.losses.divergence import kl
@@ -758,3 +758,99 @@ def test_vocabularies_are_aligned_before_anything_is_compared():
     found = Objective({"soft": term})({"logits": student}, {"logits": teacher}, batch_of(2)).total
     log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher[:, :500], -1)
     torch.testing.assert_close(found, (log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+# what must not pass in silence
+
+
+def test_padding_of_a_module_path_counts_in_no_loss_without_a_word():
+    """Only `hidden.n` is known to be tokens by its name; of a block's own path the shape tells."""
+    said = {"encoder.block": randn(3, 4, 5, seed=1)}
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    batch = batch_of(3, attention_mask=mask)
+    for loss in ("similarity", "rkd_distance", "pkt", "cka", "pearson", "infonce"):
+        with pytest.raises(ObjectiveError, match="padding would count; say `mask: attention_mask`"):
+            Objective({"t": Term(loss, "encoder.block", "encoder.block")})(said, said, batch)
+        padded = {"encoder.block": said["encoder.block"].masked_fill(mask[..., None] == 0, 7.0)}
+        objective = Objective({"t": Term(loss, "encoder.block", "encoder.block", mask="attention_mask")})
+        taught = {"encoder.block": randn(3, 4, 5, seed=2)}
+        torch.testing.assert_close(objective(padded, taught, batch).total, objective(said, taught, batch).total)
+        Objective({"t": Term(loss, "encoder.block", "encoder.block", mask="none")})(said, taught, batch)
+
+
+def test_attention_maps_in_a_loss_for_vectors():
+    said = {"attention.1": torch.rand(2, 3, 4, 4)}
+    batch = batch_of(2, attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    with pytest.raises(ObjectiveError, match="attention_mse"):
+        Objective({"t": Term("mse", "attention.1", "attention.1")})(said, said, batch)
+
+
+@pytest.mark.parametrize("loss", ["rkd_distance", "similarity", "cka", "dist", "pearson"])
+def test_a_mask_of_samples_leaves_samples_out_of_a_loss_of_the_batch(loss):
+    said, taught = randn(6, 5, seed=1), randn(6, 5, seed=2)
+    keep = torch.tensor([1, 0, 1, 1, 0, 1])
+    objective = Objective({"t": Term(loss, mask="keep")})
+    whole = objective({"logits": said}, {"logits": taught}, batch_of(6, keep=keep)).total
+    alone = Objective({"t": Term(loss)})({"logits": said[keep == 1]}, {"logits": taught[keep == 1]}, batch_of(4)).total
+    torch.testing.assert_close(whole, alone)
+    none = objective({"logits": said}, {"logits": taught}, batch_of(6, keep=torch.zeros(6)))
+    assert torch.isfinite(none.total)
+
+
+def test_a_mask_that_a_loss_of_the_batch_cannot_take_is_refused():
+    with pytest.raises(ObjectiveError, match="takes no mask, got 'keep'"):
+        Term("ab", mask="keep")
+    Term("ab", mask="none")
+
+
+def test_layers_that_were_never_made():
+    said = {"logits": randn(2, 3, seed=1).float()}
+    for term in (Term("mse", project="linear"), Term("vid")):
+        with pytest.raises(ObjectiveError, match="call `materialize`"):
+            Objective({"t": term})(said, said, batch_of(2))
+
+
+@pytest.mark.parametrize(
+    ("signal", "expected"),
+    [
+        ("hidden.2", "attention_mask"),
+        ("encoder.hidden.2", "attention_mask"),
+        ("model.encoder.hidden.2", "attention_mask"),
+        ("decoder.hidden.2", "decoder_attention_mask"),
+        ("vision_model.hidden.2", None),
+        ("attention.2", None),
+    ],
+)
+def test_each_tower_has_its_own_mask(signal, expected):
+    masks = {"attention_mask": torch.ones(2, 3), "decoder_attention_mask": torch.ones(2, 4)}
+    found = Term("cosine", signal, signal).mask_of(batch_of(2, **masks))
+    assert (found is None) if expected is None else (found.shape == masks[expected].shape)
+
+
+def test_samples_without_a_label_do_not_thin_out_a_term_that_needs_labels():
+    said, taught = randn(4, 3, seed=1), randn(4, 3, seed=2)
+    labels = torch.tensor([0, IGNORED, 2, IGNORED])
+    found = Objective({"t": Term("dkd")})({"logits": said}, {"logits": taught}, batch_of(4, labels=labels)).total
+    rows = labels != IGNORED
+    alone = Objective({"t": Term("dkd")})(
+        {"logits": said[rows]}, {"logits": taught[rows]}, batch_of(2, labels=labels[rows])
+    )
+    torch.testing.assert_close(found, alone.total)
+
+
+def test_the_baseline_has_the_plain_hard_loss():
+    objective = Objective({"soft": Term("kl"), "hard": Term("cross_entropy", weight=0.1, scale="1/C")})
+    assert "1.0 · CE" in objective.hard_only().describe()
+
+
+def test_the_names_of_a_loss_of_ones_own_do_not_matter():
+    soft = Term(lambda s, t: (s - t).abs().sum(-1))
+    assert not soft.hard
+    assert not Term(nn.MSELoss(reduction="none")).hard
+    assert Term(lambda logits, *, labels: logits.sum(-1)).hard
+
+
+def test_what_a_scale_lacks_is_named():
+    said = {"logits": torch.ones(2, 3)}
+    with pytest.raises(ObjectiveError, match="has no temperature"):
+        Objective({"t": Term("mse", scale="1/T^2")})(said, said, batch_of(2))

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-_KINDS = "recipes, losses, tasks, schemes, sources, augmentations, synthesizers, models, callbacks, presets, compressors"
+_KINDS = (
+    "recipes, losses, tasks, schemes, sources, augmentations, synthesizers, models, callbacks, presets, compressors"
+)
 
 
 def list_(

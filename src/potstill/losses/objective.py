@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from potstill.errors import ObjectiveError
 from potstill.interfaces import Batch, LossOutput, Progress, Signals, detach
 from potstill.losses.balance import GradientBalance
+from potstill.losses.scale import Scale
 from potstill.losses.term import Term as Term
 
 
@@ -145,7 +146,8 @@ class Objective(nn.Module):
         """
         hard = {name: copy.deepcopy(term) for name, term in self.named_terms() if term.hard and not term.virtual}
         if len(hard) == 1:
-            next(iter(hard.values())).weight = 1.0
+            only = next(iter(hard.values()))
+            only.weight, only.scale = 1.0, Scale()
         return Objective(hard or {"hard": Term("cross_entropy")}, response_mask=self.response_mask)
 
     def unmasked(self) -> set[str]:
@@ -208,7 +210,10 @@ class Objective(nn.Module):
             self._check_unmasked(name, term, values, batch)
             return values.flatten(1).mean(1).sum() if values.ndim > 1 else values.sum()
         if values.shape[: mask.ndim] != mask.shape:
-            raise ObjectiveError(f"term '{name}': a mask {list(mask.shape)} does not fit values {list(values.shape)}")
+            raise ObjectiveError(
+                f"term '{name}': a mask {list(mask.shape)} does not fit values {list(values.shape)}; say "
+                "`mask: none` if all count, and give labels of several classes at once as numbers with a point"
+            )
         averaged = values.flatten(mask.ndim).mean(-1) if values.ndim > mask.ndim else values
         return averaged.masked_fill(~mask, 0.0).sum()
 
@@ -220,10 +225,11 @@ class Objective(nn.Module):
                 f"{list(values.shape)}; a loss is not reduced, or declares per='batch'"
             )
         tokens = batch.get("attention_mask")
-        if term.mask != "none" and tokens is not None and values.ndim >= 2 and values.shape[:2] == tokens.shape[:2]:
+        by_token = [values.shape[:2], (*values.shape[:1], *values.shape[2:3])]  # [B, T, …], [B, heads, T]
+        if term.mask != "none" and tokens is not None and values.ndim >= 2 and tokens.shape[:2] in by_token:
             raise ObjectiveError(
                 f"term '{name}' has one value per token and no mask, so padding would count; "
-                "say `mask: attention_mask`, or `mask: none` to count it"
+                "say `mask: attention_mask`, or `mask: none` to count it; of attention take `attention_mse` and its kin"
             )
 
 

@@ -46,7 +46,7 @@ class Ramp:
         if not 0 <= self.begin < self.end:
             raise ObjectiveError(f"a ramp expected 0 ≤ begin < end, got begin {self.begin} and end {self.end}")
         steps = [value for value in (self.begin, self.end) if value > 1]
-        if any(value != int(value) for value in steps) or (steps and 0 < self.begin <= 1):
+        if any(value != int(value) for value in steps) or (steps and 0 < self.begin < 1):
             raise ObjectiveError(
                 "a ramp expected begin < end as shares of the training from 0 to 1, or both as whole numbers of "
                 f"optimizer steps, got begin {self.begin} and end {self.end}"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from potstill.errors import ObjectiveError, did_you_mean
@@ -16,8 +17,8 @@ from potstill.losses.scale import Scale, as_scale
 from potstill.registry import losses
 
 Mask = str | Callable[[Batch], Tensor | None] | None
-_TOKEN_SIGNAL = re.compile(r"(^|[./])hidden\.\d+$")
-_SELF_ATTENTION = re.compile(r"(^|[./])(hidden|attention|query|key|value)\.\d+$")
+_LAYERED = re.compile(r"(?:(?P<tower>.+)\.)?(?P<kind>hidden|attention|query|key|value)\.\d+")
+_GIVEN = frozenset({"labels", "mask", "index", "progress"})
 
 
 class Term(nn.Module):
@@ -84,13 +85,14 @@ class Term(nn.Module):
         self.per = getattr(target, "per", facts.get("per", "position"))
         self.any_shape = bool(facts.get("any_shape", False)) or self.per == "batch"
         self.formula: str | None = facts.get("formula")
-        self.hard = "teacher" not in self._accepts
+        self.hard = not _takes_teacher(parameters)
         self.virtual = bool(facts.get("virtual", False))
         self.own_mask = "mask" in self._accepts and self.per != "position"
         self.student = _names(student)
         self.teacher = () if self.hard else _names(teacher)
-        by_token = _SELF_ATTENTION if self.own_mask else _TOKEN_SIGNAL
-        self._by_token = by_token.search(self.student[0]) is not None
+        self._tokens = _mask_of_tokens(self.student[0], attention=self.own_mask)
+        if self.per == "batch" and mask not in (None, "none") and not self.own_mask:
+            raise ObjectiveError(f"{self.loss_name} compares whole batches and takes no mask, got {mask!r}")
         self.weight = as_number(facts.get("weight", 1.0) if weight is None else weight)
         self.scale = as_scale(scale)
         if not (callable(self.weight) or isinstance(self.weight, int | float)):
@@ -130,6 +132,11 @@ class Term(nn.Module):
         Raises:
             ObjectiveError: a signal or the labels are missing, or the shapes differ.
         """
+        if (self.project_kind and self.projector is None) or getattr(self.loss, "pending", False):
+            raise ObjectiveError(
+                f"{self.loss_name} has layers that are not made yet: call `materialize` of the objective or the "
+                "distillation module with signals of a batch, before the optimizer is made"
+            )
         arguments: list[Any] = [self.pick(student, self.student, "student")]
         if not self.hard:
             arguments.append(self.pick(teacher, self.teacher, "teacher"))
@@ -137,14 +144,41 @@ class Term(nn.Module):
             arguments[0] = self.projected(*arguments)
             self._check_shapes(*arguments)
         extras = {"labels": batch.get("labels"), "index": batch.get("sample_id"), "progress": progress}
-        keywords = {name: value for name, value in extras.items() if name in self._accepts}
+        keywords: dict[str, Any] = {name: value for name, value in extras.items() if name in self._accepts}
         if "mask" in self._accepts:
             keywords["mask"] = self.mask_of(batch, response_mask)
+        if self.own_mask:
+            arguments, keywords = self._rows(arguments, keywords)
+            self._check_padding(arguments[0], keywords["mask"], batch)
         if self.needs_labels and keywords["labels"] is None:
             raise ObjectiveError(f"{self.loss_name} compares with labels and the batch has none; drop the term")
         options = {k: at(v, progress) for k, v in self.options.items()}
         value: Tensor = self.loss(*arguments, **keywords, **options)
         return value if self.scale == Scale() else value * self._scale_of(arguments[0], options)
+
+    def _rows(self, arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Leave the samples out that a mask ``[B]`` leaves out, which a loss that masks positions knows nothing of."""
+        mask = keywords["mask"]
+        if mask is None or mask.ndim > 1:
+            return arguments, keywords
+        if self.per == "batch":
+            kept = mask if bool(mask.any()) else torch.ones_like(mask)
+            arguments = [tuple(s[kept] for s in a) if isinstance(a, tuple) else a[kept] for a in arguments]
+            keywords = {k: v[kept] if isinstance(v, Tensor) and k != "mask" else v for k, v in keywords.items()}
+        return arguments, {**keywords, "mask": None}
+
+    def _check_padding(self, signal: Any, mask: Tensor | None, batch: Batch) -> None:
+        """Raise if padding would count in a loss that masks by itself and was given no mask."""
+        tokens = batch.get("attention_mask")
+        first = signal[0] if isinstance(signal, tuple) else signal
+        if mask is not None or self.mask is not None or tokens is None or first.ndim < 3:
+            return
+        axes = (first.shape[:2], (first.shape[0], first.shape[-2]))
+        if tuple(tokens.shape) in [tuple(each) for each in axes]:
+            raise ObjectiveError(
+                f"{self.loss_name} compares '{self.student[0]}' token by token and has no mask, so padding would "
+                "count; say `mask: attention_mask`, or `mask: none` to count it"
+            )
 
     def aligned(self, student: Any, teacher: Any) -> tuple[Any, Any]:
         """Return both signals as they are compared, before the projector."""
@@ -161,14 +195,18 @@ class Term(nn.Module):
     def _scale_of(self, student: Any, options: Mapping[str, Any]) -> float:
         classes = student.shape[-1] if isinstance(student, Tensor) else 0
         temperature = options.get("temperature", self._all_options().get("temperature"))
-        if (self.scale.temperature and temperature is None) or (self.scale.classes and not classes):
-            raise ObjectiveError(f"{self.loss_name} has no {'temperature' if classes else 'classes'} for {self.scale}")
+        lacking = [
+            *(["temperature"] if self.scale.temperature and temperature is None else []),
+            *(["classes"] if self.scale.classes and not classes else []),
+        ]
+        if lacking:
+            raise ObjectiveError(f"{self.loss_name} has no {' and no '.join(lacking)} for `scale: {self.scale}`")
         return float(self.scale(temperature=temperature, classes=classes))
 
     @property
     def masks_tokens(self) -> bool:
         """Whether what is padding does not count."""
-        usual = self.mask is None and self._by_token
+        usual = self.mask is None and self._tokens is not None
         return (self.per == "position" or self.own_mask) and (self.mask == "attention_mask" or usual)
 
     def mask_of(self, batch: Batch, response_mask: Callable[[Batch], Tensor | None] | None = None) -> Tensor | None:
@@ -188,21 +226,25 @@ class Term(nn.Module):
         labels = batch.get("labels")
         if self.hard:
             return None if labels is None else _labelled(labels, self.probabilities)
-        if self._by_token:
-            return _as_bool(batch.get("attention_mask"))
-        if response_mask is not None:
-            return _as_bool(response_mask(batch))
-        tokens = labels is not None and labels.ndim > 1 and not labels.is_floating_point()
-        return labels != IGNORED if tokens and labels is not None else None
+        if self._tokens is not None:
+            return _as_bool(batch.get(self._tokens))
+        ids = labels if labels is not None and not labels.is_floating_point() else None
+        mask = None if response_mask is None else _as_bool(response_mask(batch))
+        if ids is not None and (self.needs_labels or (response_mask is None and ids.ndim > 1)):
+            known = ids != IGNORED
+            mask = known if mask is None or mask.shape != known.shape else mask & known
+        return mask
 
     def counted(self, batch: Batch, response_mask: Callable[[Batch], Tensor | None] | None = None) -> Tensor | None:
         """Return the mask by which values are counted: of samples ``[B]`` where the loss gives one value for each.
 
-        ``None`` where every sample counts once, as for a loss that sees to its mask itself.
+        ``None`` where every sample counts once, as for a loss that sees to the mask of its positions itself.
         """
-        if self.per == "batch" or self.own_mask:
+        if self.per == "batch":
             return None
         mask = self.mask_of(batch, response_mask)
+        if self.own_mask:
+            return mask if mask is not None and mask.ndim == 1 else None
         return mask.flatten(1).any(1) if mask is not None and self.per == "sample" and mask.ndim > 1 else mask
 
     def describe(self, progress: Progress | None = None) -> str:
@@ -250,6 +292,24 @@ class Term(nn.Module):
                 f"{self.loss_name} expected signals of one shape, got student.{self.student[0]} {list(student.shape)} "
                 f"and teacher.{self.teacher[0]} {list(teacher.shape)}{fix}"
             )
+
+
+def _takes_teacher(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Return whether a loss compares with a teacher: by the name, or as a second argument that it cannot do without."""
+    usual = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    placed = [each for each in parameters.values() if each.kind in usual]
+    second = len(placed) > 1 and placed[1].default is inspect.Parameter.empty and placed[1].name not in _GIVEN
+    return "teacher" in parameters or second
+
+
+def _mask_of_tokens(signal: str, *, attention: bool) -> str | None:
+    """Return the batch entry that says which tokens of a signal are no padding, where it has one vector per token."""
+    match = _LAYERED.fullmatch(signal)
+    if match is None or (match["kind"] != "hidden" and not attention):
+        return None
+    tower = (match["tower"] or "").rpartition(".")[2]
+    usual = "attention_mask" if tower in ("", "encoder", "text_model") else None
+    return "decoder_attention_mask" if tower == "decoder" else usual
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from potstill.interfaces import Batch, Progress, Signals
+from potstill.interfaces import IGNORED, Batch, Progress, Signals
 from potstill.knowledge.capture import capture
 from potstill.losses.objective import Objective, default_objective
 from potstill.models.inputs import accepted_inputs, call, respond
@@ -150,3 +150,19 @@ class DistillationModule(nn.Module):
             self.objective.materialize(self.signals(batch), teacher, make_projector)
         finally:
             self.student.train(was_training)
+
+
+def hard_loss(objective: Objective, said: Signals, batch: Batch, progress: Progress) -> Tensor | None:
+    """Return the hard terms that count now, of what the student says without taps; ``None`` where there are none."""
+    labels = batch["labels"]
+    logits = next(iter(said.values()))
+    if labels.shape != logits.shape[: labels.ndim]:
+        return None
+    if not bool((labels != IGNORED).any()):
+        return None
+    terms = {name: term for name, term in objective.named_terms() if set(term.student) <= set(said)}
+    terms = {name: term for name, term in terms.items() if term.weight_at(progress) != 0}
+    if not terms:
+        return None
+    total: Tensor = Objective(terms, response_mask=objective.response_mask)(said, {}, batch, progress).total
+    return total.detach()

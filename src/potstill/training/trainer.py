@@ -25,7 +25,7 @@ from potstill.data.batching import InMemory, LengthSampler, length_order
 from potstill.data.budgets import TokenBudget
 from potstill.data.tables import in_memory
 from potstill.errors import TrainingError, did_you_mean
-from potstill.interfaces import IGNORED, Batch, Progress, Signals, TeacherSource
+from potstill.interfaces import Batch, Progress, Signals, TeacherSource
 from potstill.losses.objective import Objective, clamp_counts, default_objective
 from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
 from potstill.models.weights import load_modules, load_student, save_modules, save_student
@@ -35,7 +35,7 @@ from potstill.teachers.shared import Sharing
 from potstill.training.arguments import check_arguments, check_balance, check_budget, check_student
 from potstill.training.callbacks import Epochs
 from potstill.training.checkpoints import mark_complete, rotate
-from potstill.training.module import DistillationModule
+from potstill.training.module import DistillationModule, hard_loss
 from potstill.training.overhead import packages_looked_up_once
 
 OBJECTIVE_FILE = "objective.safetensors"
@@ -182,7 +182,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         with torch.no_grad(), self.compute_loss_context_manager():
             said = module._respond(module.student, batch)
         labels = batch.get(self.label_names[0]) if self.label_names else None
-        loss = _hard_loss(self._hard, said, {**batch, "labels": labels}) if labels is not None else None
+        known = {**batch, "labels": labels}
+        loss = hard_loss(self._hard, said, known, self.progress) if labels is not None else None
         if prediction_loss_only:
             return loss, None, None
         return loss, said[module.responses[0]].detach(), labels
@@ -457,17 +458,6 @@ def _as_source(
 
 def _refuse(teacher: Any) -> TeacherSource:
     raise TrainingError(f"expected a teacher that is a module or a callable of a batch, got {type(teacher).__name__}")
-
-
-def _hard_loss(objective: Objective, said: Signals, batch: Batch) -> Tensor | None:
-    labels = batch["labels"]
-    logits = next(iter(said.values()))
-    if labels.shape != logits.shape[: labels.ndim]:
-        return None
-    if not bool((labels != IGNORED).any()):
-        return None
-    total: Tensor = objective(said, {}, batch).total
-    return total.detach()
 
 
 def _with_sample_ids(dataset: Any) -> Any:
