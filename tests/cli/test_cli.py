@@ -32,6 +32,7 @@ KINDS = (
     "schemes",
     "sources",
     "augmentations",
+    "synthesizers",
     "models",
     "callbacks",
     "presets",
