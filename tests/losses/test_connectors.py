@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from potstill.errors import ObjectiveError
 from potstill.losses.connectors import ActivationBoundaries, FactorTransfer, Overhaul, SimpleRecipe, Vid
 from potstill.losses.objective import Objective, Term
+from potstill.losses.sized import SizedLoss
 from potstill.losses.spatial import BatchNorm
 from potstill.registry import losses
 
@@ -348,8 +349,106 @@ def test_batch_norm_is_torchs_but_for_a_batch_of_one():
     torch.testing.assert_close(own.running_mean, torchs.running_mean)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("layers", "statistics"), [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_batch_norm_computes_in_fp32_whatever_the_types(layers, statistics, training):
+    """Sharded training casts the parameters and not the statistics; the caller may cast all of it."""
+    features, own = signal(4, 3, 2, 2, seed=37).bfloat16(), BatchNorm(3)
+    for parameter in own.parameters():
+        parameter.data = torch.randn(3, generator=torch.Generator().manual_seed(0)).to(layers)
+    own.running_mean, own.running_var = torch.full((3,), 0.5).to(statistics), torch.full((3,), 2.0).to(statistics)
+    torchs = nn.BatchNorm2d(3)
+    torchs.load_state_dict(own.state_dict())
+    own.train(training)
+    torchs.train(training)
+    value = own(features)
+    assert value.dtype == torch.bfloat16
+    assert torch.equal(value, torchs(features.float()).bfloat16())
+    for name, expected in torchs.named_buffers():
+        assert torch.equal(getattr(own, name), expected.to(getattr(own, name).dtype))
+    assert own.running_mean.dtype == statistics
+
+
 @pytest.mark.parametrize(("name", "student", "teacher"), CASES)
 def test_its_layers_are_made_on_the_device_of_the_student(name, student, teacher):
     loss = losses.get(name)()
     loss.materialize(torch.zeros(student, device="meta"), torch.zeros(teacher))
     assert {each.device.type for each in [*loss.parameters(), *loss.buffers()]} == {"meta"}
+
+
+SIZED = [
+    name for name in losses.names() if isinstance(losses.get(name), type) and issubclass(losses.get(name), SizedLoss)
+]
+
+
+def example(name: str, seed: int = 0) -> tuple[Any, Any, Any]:
+    """A loss that is not sized yet, and signals in fp32 as its registration describes them."""
+    facts, sides = losses.facts(name), []
+    student = facts.get("example_shape", (6, 5))
+    for place, shape in enumerate((student, facts.get("example_teacher_shape", student))):
+        shapes = shape if isinstance(shape[0], tuple) else (shape,)
+        each = tuple(signal(*one, seed=seed + 10 * place + index).float() for index, one in enumerate(shapes))
+        sides.append(each if len(each) > 1 else each[0])
+    torch.manual_seed(0)
+    return losses.get(name)(**facts.get("example_options", {})), *sides
+
+
+def cast(side: Any, dtype: Any) -> Any:
+    return side.to(dtype) if isinstance(side, Tensor) else tuple(each.to(dtype) for each in side)
+
+
+@pytest.mark.parametrize("part", ["parameters", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SIZED)
+def test_layers_may_be_bf16(name, dtype, part):
+    """Sharded training (FSDP) computes with parameters in bf16 beside buffers in fp32; `.bfloat16()` casts both."""
+    loss, student, teacher = example(name)
+    loss.materialize(student, teacher)
+    exact = copy.deepcopy(loss)
+    for parameter in loss.parameters() if part == "parameters" else ():
+        parameter.data = parameter.data.bfloat16()
+    loss = loss if part == "parameters" else loss.bfloat16()
+    for _ in range(2):  # what it remembers of the first batch counts in the second
+        value, expected = loss(cast(student, dtype), cast(teacher, dtype)), exact(student, teacher)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected, rtol=0.1, atol=0.1)
+    value.sum().backward()
+    assert all(torch.isfinite(each.grad).all() for each in loss.parameters() if each.grad is not None)
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_layers_are_fp32_where_the_default_type_is_bf16(name):
+    """Models are often loaded under it; a connector in bf16 learns nothing from small steps."""
+    loss, student, teacher = example(name)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss.materialize(cast(student, torch.bfloat16), cast(teacher, torch.bfloat16))
+        value = loss(cast(student, torch.bfloat16), cast(teacher, torch.bfloat16))
+    finally:
+        torch.set_default_dtype(before)
+    floating = {each.dtype for each in loss.state_dict().values() if each.is_floating_point()}
+    assert floating <= {torch.float32}
+    assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_it_can_be_copied_and_moved_before_and_after_it_is_sized(name):
+    loss, student, teacher = example(name)
+    early = copy.deepcopy(loss)
+    assert early.pending
+    torch.manual_seed(0)
+    early.to("cpu").materialize(student, teacher)
+    torch.manual_seed(0)
+    loss.materialize(student, teacher)
+    late = copy.deepcopy(loss)
+    values = [each(student, teacher) for each in (loss, early, late)]
+    assert all(torch.equal(values[0], value) for value in values)
+    before = {key: value.clone() for key, value in late.state_dict().items()}
+    loss(student, teacher)
+    for parameter in loss.parameters():
+        nn.init.zeros_(parameter)
+    assert all(torch.equal(value, before[key]) for key, value in late.state_dict().items())
+    late.to("meta")
+    assert {each.device.type for each in [*late.parameters(), *late.buffers()]} <= {"meta"}
+    assert not [value for part in late.modules() for value in vars(part).values() if isinstance(value, Tensor)]

@@ -88,3 +88,31 @@ def test_options():
     loss = CurriculumTemperature(ramp=1.0).double()
     loss(STUDENT, TEACHER, progress=at(0.5)).mean().backward()
     assert loss.theta.grad.item() == pytest.approx(-0.5 * slope(1.0), rel=1e-5)
+
+
+def test_impossible_classes_change_neither_the_loss_nor_the_temperature():
+    """−inf / T has no derivative in T: the temperature would be NaN from the first step on."""
+    hidden = torch.tensor([False, True, False, False, True, False])
+    ends = []
+    for student, teacher in (
+        (STUDENT.masked_fill(hidden, -math.inf), TEACHER.masked_fill(hidden, -math.inf)),
+        (STUDENT[:, ~hidden], TEACHER[:, ~hidden]),
+    ):
+        loss = CurriculumTemperature().double()
+        value = loss(student, teacher, progress=at(1.0)).mean()
+        value.backward()
+        ends.append(torch.stack([value.detach(), loss.theta.grad.squeeze()]))
+    torch.testing.assert_close(*ends)
+
+
+def test_a_class_that_the_student_alone_excludes_costs_much_and_not_infinitely_much():
+    loss = CurriculumTemperature()
+    student = STUDENT.float()
+    student[:, 2] = -math.inf
+    student.requires_grad_()
+    value = loss(student, TEACHER.float(), progress=at(1.0))
+    value.sum().backward()
+    assert (value > 1e8).all()
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(student.grad).all()
+    assert torch.isfinite(loss.theta.grad).all()

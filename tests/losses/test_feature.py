@@ -11,6 +11,8 @@ from scipy.stats import pearsonr
 
 from potstill.errors import ObjectiveError
 from potstill.losses.feature import cosine, mse, normalized_mse, pearson
+from potstill.losses.objective import Objective, Term
+from potstill.registry import losses
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -71,11 +73,37 @@ def test_cosine_ignores_length_and_its_gradient_is_orthogonal_to_the_student():
     assert (student.grad.norm(dim=-1) > 1e-3).all()
 
 
-def test_a_zero_vector_gives_a_finite_gradient():
-    """ReLU features of a dead layer are all zero; one NaN there would wipe out the student."""
+@pytest.mark.parametrize("loss", [cosine, normalized_mse])
+def test_a_zero_vector_gives_a_small_gradient(loss):
+    """ReLU features of a dead layer, or of a projector that begins at 0; a step of 1e12 would wipe out the student."""
     student = torch.zeros(2, 3, requires_grad=True)
-    cosine(student, torch.ones(2, 3)).sum().backward()
-    assert torch.isfinite(student.grad).all()
+    loss(student, torch.ones(2, 3)).sum().backward()
+    assert (student.grad < 0).all()  # towards the teacher
+    assert student.grad.abs().max() < 3
+
+
+@pytest.mark.parametrize("loss", [cosine, normalized_mse])
+def test_channels_of_a_map_are_compared_where_the_axis_says_so(loss):
+    """Along the last axis a map is compared by rows of pixels."""
+    student, teacher = features(2, 4, 3, 5, seed=24), features(2, 4, 3, 5, seed=25)
+    value = loss(student, teacher, axis=1)
+    assert value.shape == (2, 3, 5)
+    for b, h, w in np.ndindex(2, 3, 5):
+        s, t = (each[b, :, h, w] / np.linalg.norm(each[b, :, h, w]) for each in (student.numpy(), teacher.numpy()))
+        expected = ((s - t) ** 2).sum() if loss is normalized_mse else 1 - s @ t
+        assert value[b, h, w].item() == pytest.approx(expected, rel=1e-12)
+    assert loss(student, teacher).shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("name", ["cosine", "normalized_mse"])
+def test_the_axis_is_the_last_or_that_of_the_channels(name):
+    """Along the axis of the samples, 0, a sample would see the others."""
+    assert losses.check(name, {"axis": 1}) == losses.check(name, {"axis": -1}) == []
+    assert [problem.path for problem in losses.check(name, {"axis": 0})] == [("axis",)]
+    student, teacher = features(3, 4, 2, 2, seed=26), features(3, 4, 2, 2, seed=27)
+    objective = Objective({"t": Term(name, "body", "body", axis=1)})
+    total = objective({"body": student}, {"body": teacher}, {"sample_id": torch.arange(3)}).total
+    torch.testing.assert_close(total, losses.get(name)(student, teacher, axis=1).mean())
 
 
 @pytest.mark.parametrize("loss", [mse, cosine, normalized_mse, pearson])

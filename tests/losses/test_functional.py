@@ -54,6 +54,33 @@ def test_distillation_loss_is_the_recipe(labels, alpha, temperature):
     assert_same(value_and_gradient(bare, student), value_and_gradient(recipe, student))
 
 
+@pytest.mark.parametrize("labels", [[[0, 1, 2], [3, 4, 0]], [[0, -100, 2], [-100, -100, 0]], [[-100] * 3] * 2])
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.7, 4.0), (1.0, 1.0)])
+def test_distillation_loss_of_tokens_is_the_recipe(labels, alpha, temperature):
+    """Padding and prompt have the label −100: the recipe learns nothing there, from the teacher neither."""
+    student, teacher = randn(2, 3, 5, seed=1).requires_grad_(), randn(2, 3, 5, seed=2)
+    objective = Objective(
+        {
+            "soft": Term("kl", weight=alpha, temperature=temperature),
+            "hard": Term("cross_entropy", weight=1 - alpha),
+        }
+    )
+    batch = {"sample_id": torch.arange(2), "labels": torch.tensor(labels)}
+    recipe = objective({"logits": student}, {"logits": teacher}, batch).total
+    bare = distillation_loss(student, teacher, batch["labels"], alpha, temperature)
+    found = value_and_gradient(bare, student)
+    assert_same(found, value_and_gradient(recipe, student))
+    assert (found[1][batch["labels"] == -100] == 0).all()
+
+
+def test_what_stands_at_ignored_tokens_has_no_effect():
+    student, teacher = randn(2, 3, 5, seed=1), randn(2, 3, 5, seed=2)
+    labels = torch.tensor([[0, -100, 2], [-100, 3, 0]])
+    plain = distillation_loss(student, teacher, labels)
+    student[labels == -100] = math.nan
+    torch.testing.assert_close(distillation_loss(student, teacher, labels), plain)
+
+
 def test_alpha_weighs_the_soft_loss():
     """Other tools call the weight of the hard loss alpha; swapped, a 0.9 would all but ignore the teacher."""
     student, teacher, labels = randn(4, 3, seed=3), randn(4, 3, seed=4), torch.tensor([0, 1, 2, 0])

@@ -197,7 +197,7 @@ def test_the_classes_are_the_last_axis_of_what_the_loss_gets():
 
 def test_a_loss_without_a_temperature_cannot_be_scaled_by_it():
     student, teacher, batch = signals(4)
-    with pytest.raises(ObjectiveError, match=r"mse has no temperature for 1/T\^2"):
+    with pytest.raises(ObjectiveError, match=r"mse has no temperature for `scale: 1/T\^2`"):
         Objective({"soft": Term("mse", scale="1/T^2")})(student, teacher, batch)
 
 

@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from potstill.errors import ObjectiveError
-from potstill.losses.numerics import safe_norm, without_autocast
+from potstill.losses.numerics import safe_norm, unit, without_autocast
 from potstill.losses.spatial import check_maps, same_size
 from potstill.registry import losses
 
@@ -66,7 +65,7 @@ def _attention(maps: Tensor, p: float) -> Tensor:
     """Return attention maps of length 1, ``[B, HW]``; the size of the features is taken out before the power."""
     size = maps.detach().abs().amax((1, 2, 3), keepdim=True)
     scaled = maps / torch.where(size > 0, size, torch.ones_like(size))
-    return F.normalize(scaled.abs().pow(p).mean(1).flatten(1), dim=-1)
+    return unit(scaled.abs().pow(p).mean(1).flatten(1))
 
 
 @losses.register(
@@ -108,7 +107,7 @@ def nst(
     Reference: Huang, Wang 2017, https://arxiv.org/abs/1707.01219, for the polynomial kernel with weight 50.
     """
     check_maps("nst", student, teacher)
-    said, taught = (F.normalize(each.flatten(2), dim=-1) for each in same_size(student, teacher))
+    said, taught = (unit(each.flatten(2)) for each in same_size(student, teacher))
 
     def kernel(left: Tensor, right: Tensor) -> Tensor:
         return (left @ right.mT + constant).pow(degree).mean((1, 2))
@@ -207,4 +206,4 @@ def icc(student: Tensor, teacher: Tensor, *, form: Form = "code") -> Tensor:
     grams = (each.flatten(2) @ each.flatten(2).mT for each in same_size(student, teacher))
     if form == "paper":
         return torch.sub(*grams).square().mean((1, 2))
-    return torch.sub(*(F.normalize(each, dim=-1) for each in grams)).square().sum(-1).mean(-1)
+    return torch.sub(*(unit(each) for each in grams)).square().sum(-1).mean(-1)

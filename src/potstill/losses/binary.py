@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.losses.divergence import Temperature
-from potstill.losses.numerics import at_least_fp32
+from potstill.losses.numerics import LOWEST, at_least_fp32
 from potstill.registry import losses
 
 
@@ -45,5 +44,4 @@ def binary_kl(student: Tensor, teacher: Tensor, *, temperature: Temperature = 1.
 def _log_bernoulli(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Finite logarithms of the probabilities of yes and of no."""
     scaled = at_least_fp32(logits) / temperature
-    lowest = torch.finfo(scaled.dtype).min
-    return F.logsigmoid(scaled).clamp_min(lowest), F.logsigmoid(-scaled).clamp_min(lowest)
+    return F.logsigmoid(scaled).clamp_min(LOWEST), F.logsigmoid(-scaled).clamp_min(LOWEST)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from potstill.errors import ObjectiveError
-from potstill.losses.numerics import at_least_fp32, without_autocast
+from potstill.losses.numerics import applied, at_least_fp32, unit, without_autocast
 from potstill.losses.sized import SizedLoss
 from potstill.losses.spatial import BatchNorm, channels_last, check_maps, connector, same_size
 from potstill.registry import losses
@@ -61,11 +61,11 @@ class Vid(SizedLoss):
         width = self.width or taught.shape[-1]
         layers: list[nn.Module] = []
         for before, after in pairwise((said.shape[-1], width, width, taught.shape[-1])):
-            layers += [nn.Linear(before, after, bias=False), nn.ReLU()]
+            layers += [nn.Linear(before, after, bias=False, dtype=torch.float32), nn.ReLU()]
         self.regressor = nn.Sequential(*layers[:-1]).to(said.device)
         start = self.variance - self.epsilon  # softplus of what follows gives it back, without overflow
         start += math.log(-math.expm1(-start))
-        self.alpha = nn.Parameter(torch.full((taught.shape[-1],), start, device=said.device))
+        self.alpha = nn.Parameter(torch.full((taught.shape[-1],), start, dtype=torch.float32, device=said.device))
 
     @without_autocast
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ class Vid(SizedLoss):
             ObjectiveError: the signals differ in more than the channels and the size of the map.
         """
         said, taught = _alike("vid", student, teacher)
-        variance = F.softplus(self.alpha) + self.epsilon
-        error: Tensor = self.regressor(said) - taught
+        variance = F.softplus(at_least_fp32(self.alpha)) + self.epsilon
+        error = applied(self.regressor, said) - taught
         return (error.square() / variance + variance.log()).mean(-1) / 2
 
 
@@ -167,17 +167,17 @@ class FactorTransfer(SizedLoss):
         """
         check_maps("factor_transfer", student, teacher)
         source = at_least_fp32(teacher).detach()
-        factor = self.paraphraser(source)
-        rebuilt: Tensor = (self.decoder(factor) - source).square().mean((1, 2, 3))
-        said, taught = same_size(self.translator(at_least_fp32(student)), factor.detach())
-        difference = F.normalize(said.flatten(1)) - F.normalize(taught.flatten(1))
+        factor = applied(self.paraphraser, source)
+        rebuilt = (applied(self.decoder, factor) - source).square().mean((1, 2, 3))
+        said, taught = same_size(applied(self.translator, student), factor.detach())
+        difference = unit(said.flatten(1)) - unit(taught.flatten(1))
         return difference.abs().pow(self.p).mean(1) + self.reconstruction * rebuilt
 
 
 def _convolutions(kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], *widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [kind(before, after, 3, padding=1), nn.LeakyReLU(0.1)]
+        layers += [kind(before, after, 3, padding=1, dtype=torch.float32), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)
 
 
@@ -230,7 +230,7 @@ class ActivationBoundaries(SizedLoss):
         """
         check_maps("ab", student, teacher)
         said, taught = same_size(student, teacher)
-        said = self.connector(said)
+        said = applied(self.connector, said)
         wanted = torch.where(taught > 0, said, -said)
         return F.relu(self.margin - wanted).square().sum((1, 2, 3)).mean()
 
@@ -269,7 +269,7 @@ class Overhaul(SizedLoss):
         check_maps("ofd", student, teacher)
         self.connector = connector(student, teacher)
         for name in ("margin", "batches"):
-            self.register_buffer(name, torch.zeros(teacher.shape[1], device=student.device))
+            self.register_buffer(name, torch.zeros(teacher.shape[1], dtype=torch.float32, device=student.device))
 
     @without_autocast
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -289,8 +289,8 @@ class Overhaul(SizedLoss):
         said, taught = same_size(student, teacher)
         if self.training:
             self._measure(at_least_fp32(teacher).detach())
-        target = torch.maximum(taught, self.margin[:, None, None])
-        difference: Tensor = self.connector(said) - target
+        target = torch.maximum(taught, at_least_fp32(self.margin)[:, None, None])
+        difference = applied(self.connector, said) - target
         counts = (difference > 0) | (target > 0)
         return (difference.square() * counts).sum((1, 2, 3)).mean()
 
@@ -336,9 +336,10 @@ class SimpleRecipe(SizedLoss):
     def build(self, student: Tensor, teacher: Tensor) -> None:
         """Make the projector and the statistics of both sides."""
         said, taught = _vectors(student, teacher)
-        self.projector = nn.Linear(said.shape[1], taught.shape[1]).to(said.device)
-        self.student_norm = BatchNorm(taught.shape[1], eps=1e-4, affine=False).to(said.device)
-        self.teacher_norm = BatchNorm(taught.shape[1], eps=1e-4, affine=False).to(said.device)
+        width, kind = taught.shape[1], torch.float32
+        self.projector = nn.Linear(said.shape[1], width, dtype=kind).to(said.device)
+        self.student_norm = BatchNorm(width, eps=1e-4, affine=False, dtype=kind).to(said.device)
+        self.teacher_norm = BatchNorm(width, eps=1e-4, affine=False, dtype=kind).to(said.device)
 
     @without_autocast
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -352,7 +353,7 @@ class SimpleRecipe(SizedLoss):
             ObjectiveError: a signal is neither, or they differ in the batch.
         """
         said, taught = _vectors(student, teacher)
-        difference: Tensor = self.student_norm(self.projector(said)) - self.teacher_norm(taught)
+        difference: Tensor = self.student_norm(applied(self.projector, said)) - self.teacher_norm(taught)
         return (difference.abs().pow(self.exponent).sum(1).mean() + self.epsilon).log()
 
 

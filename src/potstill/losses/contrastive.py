@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from potstill.errors import ObjectiveError
 from potstill.interfaces import IGNORED
 from potstill.losses.divergence import Temperature
-from potstill.losses.numerics import without_autocast
-from potstill.losses.relational import rows, unit
+from potstill.losses.numerics import applied, unit, without_autocast
+from potstill.losses.relational import rows
 from potstill.losses.sized import SizedLoss
 from potstill.registry import losses
 
@@ -135,11 +135,11 @@ class CRD(SizedLoss):
 
     def build(self, student: Any, teacher: Any) -> None:
         """Make the two embeddings and the empty queue."""
-        device = student.device
-        self.student = nn.Linear(_vectors("crd", student, None).shape[1], self.dim, device=device)
-        self.teacher = nn.Linear(_vectors("crd", teacher, None).shape[1], self.dim, device=device)
-        self.register_buffer("students", torch.zeros(self.size, self.dim, device=device))
-        self.register_buffer("teachers", torch.zeros(self.size, self.dim, device=device))
+        device, kind = student.device, torch.float32
+        self.student = nn.Linear(_vectors("crd", student, None).shape[1], self.dim, device=device, dtype=kind)
+        self.teacher = nn.Linear(_vectors("crd", teacher, None).shape[1], self.dim, device=device, dtype=kind)
+        self.register_buffer("students", torch.zeros(self.size, self.dim, device=device, dtype=kind))
+        self.register_buffer("teachers", torch.zeros(self.size, self.dim, device=device, dtype=kind))
         self.register_buffer("ids", torch.full((self.size,), _UNKNOWN, device=device))
         self.register_buffer("classes", torch.full((self.size,), IGNORED, device=device))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long, device=device))
@@ -179,8 +179,8 @@ class CRD(SizedLoss):
         if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
             classes = labels.long()
         negative = self._negatives(ids, classes)
-        value = self._contrast(ours, torch.cat([theirs, self.teachers]), negative)
-        value = value + self._contrast(theirs, torch.cat([ours, self.students]), negative)
+        value = self._contrast(ours, torch.cat([theirs, self.teachers.to(theirs.dtype)]), negative)
+        value = value + self._contrast(theirs, torch.cat([ours, self.students.to(ours.dtype)]), negative)
         if self.training:
             self._enqueue(ours.detach(), theirs.detach(), ids, classes)
         return value
@@ -215,14 +215,16 @@ class CRD(SizedLoss):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             gather: Any = torch.compiler.disable(_of_all_processes)  # type: ignore[no-untyped-call]
             vectors, names = gather(vectors, names)
-        kept = min(len(vectors), self.size)
-        first = self.seen + len(vectors) - kept
+        count = len(vectors)
+        kept = min(count, self.size)
+        first = self.seen + count - kept
         place = (first + torch.arange(kept, device=first.device)) % self.size
-        self.students.index_copy_(0, place, vectors[-kept:, : self.dim])
-        self.teachers.index_copy_(0, place, vectors[-kept:, self.dim :])
+        vectors = vectors[-kept:].to(self.students.dtype)
+        self.students.index_copy_(0, place, vectors[:, : self.dim])
+        self.teachers.index_copy_(0, place, vectors[:, self.dim :])
         self.ids.index_copy_(0, place, names[-kept:, 0])
         self.classes.index_copy_(0, place, names[-kept:, 1])
-        self.seen += len(vectors)
+        self.seen += count
 
 
 def log_mean_exp(dim: int, temperature: float) -> float:
@@ -254,7 +256,7 @@ def _embedded(layer: nn.Linear, signal: Tensor, mask: Tensor | None, side: str) 
             f"crd was made for a {side}'s signal of width {layer.in_features}, got {vectors.shape[1]} of "
             f"{list(signal.shape)}; pick a signal whose size does not depend on the batch, such as a pooled one"
         )
-    return unit(layer(vectors.to(layer.weight.dtype)))
+    return unit(applied(layer, vectors))
 
 
 def _of_all_processes(*tensors: Tensor) -> list[Tensor]:

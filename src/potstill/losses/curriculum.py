@@ -52,7 +52,7 @@ class CurriculumTemperature(nn.Module):
         if not lowest < highest:
             raise ObjectiveError(f"ctkd expected lowest < highest, got {lowest} and {highest}")
         self.lowest, self.highest, self.ramp = lowest, highest, ramp
-        self.theta = nn.Parameter(torch.ones(1))
+        self.theta = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
     def temperature(self, progress: Progress | None = None) -> Tensor:
         """Return T, 0-d, whose gradient is reversed and ramped."""

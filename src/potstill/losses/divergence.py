@@ -5,8 +5,8 @@ all carry the factor T² that keeps the size of the gradient independent of the 
 
 In the formulas p is the teacher's softened distribution and q the student's. Classes at −inf in both are impossible
 and add nothing. Where only one of two compared distributions excludes a class, a divergence that is infinite there is
-a huge number; mixtures (:func:`jsd`, :func:`skewed_kl`, :func:`skewed_reverse_kl`) and :func:`total_variation` stay
-bounded.
+a huge, finite number; mixtures (:func:`jsd`, :func:`skewed_kl`, :func:`skewed_reverse_kl`) and :func:`total_variation`
+stay bounded.
 """
 
 from __future__ import annotations

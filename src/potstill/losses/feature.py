@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from potstill.errors import ObjectiveError
-from potstill.losses.numerics import at_least_fp32, safe_norm
+from potstill.losses.numerics import at_least_fp32, safe_norm, unit
 from potstill.losses.spatial import channels_last
 from potstill.registry import losses
+
+Axis = Literal[-1, 1]
+"""Along which the features of a position lie: the last one, or 1 for the channels of maps ``[B, C, H, W]``."""
 
 _EPSILON = 1e-6
 
@@ -46,21 +50,22 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     formula="(1 − cos({student}, {teacher}))",
     zero_at_equality=True,
 )
-def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+def cosine(student: Tensor, teacher: Tensor, *, axis: Axis = -1) -> Tensor:
     """One minus the cosine of the angle between two feature vectors, as in DistilBERT.
 
     Args:
-        student: ``[..., H]``.
-        teacher: ``[..., H]``.
+        student: ``[..., H]``, or ``[B, C, H, W]`` with ``axis: 1``.
+        teacher: of the same shape.
+        axis: along which a vector lies: −1 for vectors, tokens and heads, 1 for the channels of a feature map, whose
+            last axis is its width.
 
     Returns:
-        ``[...]`` in [0, 2]; a vector of zeros has cosine 0 with everything.
+        ``[...]``, or ``[B, H, W]``, in [0, 2]; a vector of zeros has cosine 0 with everything.
 
     Reference: Sanh et al. 2019, https://arxiv.org/abs/1910.01108.
     """
-    unit_student = F.normalize(at_least_fp32(student), dim=-1)
-    unit_teacher = F.normalize(at_least_fp32(teacher), dim=-1)
-    return 1 - torch.sum(unit_student * unit_teacher, dim=-1)
+    unit_student, unit_teacher = unit(at_least_fp32(student), axis), unit(at_least_fp32(teacher), axis)
+    return 1 - torch.sum(unit_student * unit_teacher, dim=axis)
 
 
 @losses.register(
@@ -70,25 +75,26 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     formula="‖{student}/‖{student}‖ − {teacher}/‖{teacher}‖‖²",
     zero_at_equality=True,
 )
-def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def normalized_mse(student: Tensor, teacher: Tensor, *, axis: Axis = -1) -> Tensor:
     """Squared distance between two feature vectors of length 1, as in BERT-PKD (patient distillation).
 
-    It is the sum over the last axis, as the paper writes it, and so twice ``cosine`` where no vector is 0. The authors'
+    It is the sum over the axis, as the paper writes it, and so twice ``cosine`` where no vector is 0. The authors'
     code takes the mean, which is H times smaller: their weights of 10 to 1000 are to be divided by H here. They compare
     the vectors of the first token alone.
 
     Args:
-        student: ``[..., H]``.
-        teacher: ``[..., H]``.
+        student: ``[..., H]``, or ``[B, C, H, W]`` with ``axis: 1``.
+        teacher: of the same shape.
+        axis: along which a vector lies: −1 for vectors, tokens and heads, 1 for the channels of a feature map, whose
+            last axis is its width.
 
     Returns:
-        ``[...]`` in [0, 4].
+        ``[...]``, or ``[B, H, W]``, in [0, 4].
 
     Reference: Sun et al. 2019, https://arxiv.org/abs/1908.09355.
     """
-    unit_student = F.normalize(at_least_fp32(student), dim=-1)
-    unit_teacher = F.normalize(at_least_fp32(teacher), dim=-1)
-    return (unit_student - unit_teacher).square().sum(-1)
+    unit_student, unit_teacher = unit(at_least_fp32(student), axis), unit(at_least_fp32(teacher), axis)
+    return (unit_student - unit_teacher).square().sum(axis)
 
 
 @losses.register(

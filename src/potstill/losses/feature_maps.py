@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from potstill.errors import ObjectiveError
-from potstill.losses.numerics import at_least_fp32, without_autocast
+from potstill.losses.numerics import applied, at_least_fp32, without_autocast
 from potstill.losses.sized import SizedLoss
 from potstill.losses.spatial import BatchNorm, pooled
 from potstill.registry import losses
@@ -86,24 +86,25 @@ class _Fusion(nn.Module):
 
     def __init__(self, channels: int, width: int, target: int, *, fuse: bool) -> None:
         super().__init__()
-        inward = nn.Conv2d(channels, width, 1, bias=False)
-        outward = nn.Conv2d(width, target, 3, padding=1, bias=False)
+        kind = torch.float32
+        inward = nn.Conv2d(channels, width, 1, bias=False, dtype=kind)
+        outward = nn.Conv2d(width, target, 3, padding=1, bias=False, dtype=kind)
         for convolution in (inward, outward):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
-        self.inward = nn.Sequential(inward, BatchNorm(width))
-        self.outward = nn.Sequential(outward, BatchNorm(target))
-        self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if fuse else None
+        self.inward = nn.Sequential(inward, BatchNorm(width, dtype=kind))
+        self.outward = nn.Sequential(outward, BatchNorm(target, dtype=kind))
+        self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1, dtype=kind), nn.Sigmoid()) if fuse else None
 
     def forward(self, own: Tensor, deeper: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the map for the teacher's and the one for the next, shallower fusion."""
-        fused = self.inward(own)
+        fused = applied(self.inward, own)
         if self.attention is not None and deeper is not None:
             deeper = F.interpolate(deeper, fused.shape[2:], mode="nearest")
-            shares = self.attention(torch.cat([fused, deeper], 1))
+            shares = applied(self.attention, torch.cat([fused, deeper], 1))
             fused = fused * shares[:, :1] + deeper * shares[:, 1:]
         if fused.shape[2:] != size:
             fused = F.interpolate(fused, size, mode="nearest")
-        return self.outward(fused), fused
+        return applied(self.outward, fused), fused
 
 
 def _maps(student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor]]:

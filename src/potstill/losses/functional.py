@@ -31,8 +31,9 @@ def distillation_loss(
 ) -> Tensor:
     """Return ``alpha·T²·KL(teacher ‖ student) + (1 − alpha)·CE(labels, student)``.
 
-    The divergence is summed over the classes and averaged over the batch ("batchmean"), the cross-entropy averaged
-    over the labels that are not −100. ``alpha`` weighs the soft loss. The same as the recipe
+    The divergence is summed over the classes and averaged over the batch ("batchmean"), of token labels ``[B, T]`` over
+    the positions whose label is not −100; the cross-entropy is averaged over the labels that are not −100. ``alpha``
+    weighs the soft loss. The same as the recipe
     ``{soft: {loss: kl, weight: alpha, temperature: T}, hard: {loss: cross_entropy, weight: 1 − alpha}}``.
 
     Args:
@@ -51,10 +52,12 @@ def distillation_loss(
     Reference: Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531.
     """
     _check_temperature(temperature)
-    soft = kl(student_logits, teacher_logits.detach(), temperature=temperature).mean()
-    labelled = (true_labels != IGNORED).sum().clamp_min(1)
-    hard = cross_entropy(student_logits, labels=true_labels).sum() / labelled
-    return alpha * soft + (1 - alpha) * hard
+    soft = kl(student_logits, teacher_logits.detach(), temperature=temperature)
+    labelled = true_labels != IGNORED
+    count = labelled.sum().clamp_min(1)
+    mean = soft.masked_fill(~labelled, 0).sum() / count if true_labels.ndim > 1 else soft.mean()
+    hard = cross_entropy(student_logits, labels=true_labels).sum() / count
+    return alpha * mean + (1 - alpha) * hard
 
 
 def feature_distillation_loss(

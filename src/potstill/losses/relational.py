@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.errors import ObjectiveError
-from potstill.losses.numerics import at_least_fp32, safe_norm, without_autocast
+from potstill.losses.numerics import at_least_fp32, unit, without_autocast
 from potstill.registry import losses
 
 _RKD = "Park et al. 2019, https://arxiv.org/abs/1904.05068"
 _SMALLEST = 1e-7
+_ROUNDING = 8
 
 
 @losses.register(
@@ -266,12 +267,6 @@ def rows(name: str, signal: Tensor, mask: Tensor | None = None) -> Tensor:
     return wide.masked_fill(~counts[..., None], 0).sum(1) / counts.sum(1, keepdim=True).clamp_min(1)
 
 
-def unit(vectors: Tensor) -> Tensor:
-    """Return the vectors ``[..., D]`` with length 1; one of zeros stays as it is."""
-    norm = safe_norm(vectors, keepdim=True)
-    return vectors / torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
 def _both(name: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if student.shape[0] != teacher.shape[0]:
         raise ObjectiveError(
@@ -282,8 +277,20 @@ def _both(name: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -> t
 
 
 def _distances(vectors: Tensor) -> Tensor:
-    """Return Euclidean distances ``[B, B]`` over their mean; the gradient of a distance of 0 is 0."""
-    distances = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+    """Return Euclidean distances ``[B, B]`` over their mean; the gradient of a distance of 0 is 0.
+
+    The values come from differences, which an offset costs no digits; the gradient comes from products, since that of
+    ``torch.cdist`` stores ``[B, B, D]`` on a GPU. It fades for samples that little more than rounding tells apart.
+    """
+    with torch.no_grad():
+        distances = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+    gram = _gram(vectors - vectors.mean(0).detach())
+    lengths = gram.diagonal()[:, None] + gram.diagonal()
+    squares = lengths - 2 * gram
+    apart = distances > 0
+    least = torch.finfo(gram.dtype).eps * _ROUNDING * lengths.detach().sqrt()
+    divisor = torch.where(apart, 2 * torch.maximum(distances, least), torch.ones_like(distances))
+    distances = torch.where(apart, distances + (squares - squares.detach()) / divisor, distances)
     mean = distances.sum() / max(vectors.shape[0] * (vectors.shape[0] - 1), 1)
     return distances / torch.where(mean > 0, mean, torch.ones_like(mean))
 

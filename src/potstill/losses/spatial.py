@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -51,16 +52,31 @@ def channels_last(signal: Tensor) -> Tensor:
 class BatchNorm(_BatchNorm):
     """Batch normalisation of ``[B, C, ...]`` that a batch with one value a channel does not stop.
 
-    Such a batch (the last of an epoch, with one sample) has no variance; the running statistics stand in for it.
+    Such a batch (the last of an epoch, with one sample) has no variance; the running statistics stand in for it. It
+    computes in at least fp32, whatever the types of its input, its parameters and its statistics are.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised input, of its shape."""
-        if self.training and input.numel() == input.shape[1]:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        return super().forward(input)
+        """Return the normalised input, of its shape and type."""
+        learns = self.training and input.numel() > input.shape[1]
+        wide = at_least_fp32(input)
+        mean, variance, weight, bias = (
+            None if each is None else each.to(wide.dtype)
+            for each in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        value = F.batch_norm(wide, mean, variance, weight, bias, learns, self.momentum or 0.0, self.eps)
+        if learns:
+            self._remember(mean, variance)
+        return value.to(input.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor | None, variance: Tensor | None) -> None:
+        """Count the batch, and store statistics that were widened."""
+        for own, new in ((self.running_mean, mean), (self.running_var, variance)):
+            if own is not None and new is not None and own.dtype != new.dtype:
+                own.copy_(new)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any number of axes."""
@@ -73,6 +89,6 @@ def connector(student: Tensor, teacher: Tensor) -> nn.Sequential:
     initialisation it has.
     """
     width = teacher.shape[1]
-    convolution = nn.Conv2d(student.shape[1], width, kernel_size=1, bias=False)
+    convolution = nn.Conv2d(student.shape[1], width, kernel_size=1, bias=False, dtype=torch.float32)
     nn.init.normal_(convolution.weight, std=math.sqrt(2 / width))
-    return nn.Sequential(convolution, BatchNorm(width)).to(student.device)
+    return nn.Sequential(convolution, BatchNorm(width, dtype=torch.float32)).to(student.device)
