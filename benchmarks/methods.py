@@ -186,6 +186,8 @@ def main() -> None:
     for seed in range(asked.seeds):
         for method in asked.only or methods:
             file = RESULTS / asked.pair / f"{method.replace(' ', '-')}.{seed}.json"
+            if file.is_file() and json.loads(file.read_text())["settings"] != plain(settings(asked)):
+                raise SystemExit(f"{file} was made with other settings; move it away")
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, one(settings(asked), methods[method], seed, asked.runs / asked.pair / file.stem))
@@ -213,9 +215,14 @@ def one(settings: list[str], terms: Terms, seed: int, folder: Path) -> dict[str,
         "teacher": teacher.metrics["accuracy"].value,
         "begin": events["begin distilled"],
         "end": events["done distilled"],
-        "settings": [each.partition("/")[0] for each in changes],
+        "settings": plain(settings),
         "terms": terms,
     }
+
+
+def plain(settings: list[str]) -> list[str]:
+    """Return what differs from the packaged recipe, without the folders of this machine."""
+    return [each.partition("/")[0] for each in settings[1:]]
 
 
 def table(pair: str) -> str:

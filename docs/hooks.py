@@ -42,15 +42,17 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     for kind, table in _COMPONENTS.findall(markdown):
         for problem in _component_differences(kind, table):
             log.warning("%s: %s: %s", page.file.src_uri, kind, problem)
-    if page.file.src_uri == "objectives.md":
-        for name in registry.losses.names():
-            if f"| `{name}` |" not in markdown:
-                log.warning("%s: the loss `%s` is missing", page.file.src_uri, name)
-    if page.file.src_uri == "recipes.md":
-        for name in (*DEFAULTS, *MANAGED):
-            if f"`{name}`" not in markdown:
-                log.warning("%s: the training argument `%s` is not mentioned", page.file.src_uri, name)
+    for what, name in _wanted(page.file.src_uri):
+        if f"`{name}`" not in markdown:
+            log.warning("%s: the %s `%s` is missing", page.file.src_uri, what, name)
     return markdown
+
+
+def _wanted(page: str) -> list[tuple[str, str]]:
+    """What a page must mention, kind and name."""
+    if page == "objectives.md":
+        return [("loss", name) for name in registry.losses.names()]
+    return [("training argument", name) for name in (*DEFAULTS, *MANAGED)] if page == "recipes.md" else []
 
 
 def on_page_content(html: str, **_: Any) -> str:

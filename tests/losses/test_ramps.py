@@ -8,6 +8,7 @@ import pytest
 
 from potstill.errors import CodeNotAllowedError, ComponentError, ObjectiveError
 from potstill.interfaces import Progress
+from potstill.losses.objective import Term
 from potstill.losses.ramps import Ramp, as_number, at, is_ramp
 
 
@@ -162,3 +163,10 @@ def test_a_schedule_that_gives_no_number():
 
 def wrong(progress: Progress) -> str:
     return "str"
+
+
+@pytest.mark.parametrize(("end", "stop"), [(1.0, -1.0), (3, -1.0), (3, 0.0)])
+def test_both_ends_of_a_ramp_are_checked_wherever_it_ends(end, stop):
+    """A temperature that ends at −1 after 3 steps trains away from the teacher."""
+    with pytest.raises(ObjectiveError, match="temperature"):
+        Term("kl", temperature={"from": 4.0, "to": stop, "end": end})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from potstill.errors import ObjectiveError
 from potstill.recipe.layers import as_written, found_layers, spread
@@ -53,7 +54,7 @@ def test_rules_need_the_models():
     assert not found_layers(spec(layers={1: 2}))
     with pytest.raises(ObjectiveError, match=r"objective.hint: `layers: ratio`"):
         spread("hint", term)
-    assert ends(spread("hint", term, [("1", "2")])["hint_1_2"]) == ("hidden.1", "hidden.2")
+    assert ends(spread("hint", term, [(1, 2)])["hint_1_2"]) == ("hidden.1", "hidden.2")
     shown = as_written("hint", term)
     assert [ends(each) for each in shown.values()] == [("hidden.i", "hidden.j")]
     assert "ratio" in next(iter(shown))
@@ -61,4 +62,18 @@ def test_rules_need_the_models():
 
 def test_a_pair_that_is_there_twice():
     with pytest.raises(ObjectiveError, match="twice"):
-        spread("hint", spec(layers="auto"), [("1", "2"), ("1", "2")])
+        spread("hint", spec(layers="auto"), [(1, 2), (1, 2)])
+
+
+def test_logits_of_a_teacher_among_several_stand_for_its_hidden_states():
+    found = spread("hint", spec(layers={1: 2}, teacher="large/logits"))
+    assert ends(found["hint_1_2"]) == ("hidden.1", "large/hidden.2")
+
+
+def test_a_path_that_is_a_number_stays_a_path_where_it_was_found():
+    assert ends(spread("hint", spec(layers="first"), [("2", "5")])["hint_2_5"]) == ("2", "5")
+
+
+def test_no_layers_at_all():
+    with pytest.raises(ValidationError):
+        spec(layers={})

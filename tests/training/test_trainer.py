@@ -24,7 +24,7 @@ from potstill.errors import ModelError, TrainingError
 from potstill.interfaces import IGNORED, Batch, Signals
 from potstill.losses.objective import Objective, Term
 from potstill.models.plain import Mlp
-from potstill.teachers.live import Several
+from potstill.teachers.live import Live, Several, ask
 from potstill.training.checkpoints import latest_checkpoint
 from potstill.training.trainer import DistillationTrainer, ready_batch
 from tests.training.tiny import arguments, flat, pairs, relative, student, teacher
@@ -191,7 +191,7 @@ class TestWhatIsNotRead:
                 train_dataset=pairs(),
             )
             if always:
-                made._taught = partial(made._questions, made.teacher, wanted=["logits", "hidden.2"])  # type: ignore[method-assign]
+                made._taught = partial(ask, made.teacher, wanted=["logits", "hidden.2"])  # type: ignore[method-assign]
             made.train()
             states.append(flat(made.distillation_module))
         assert torch.equal(*states)
@@ -214,6 +214,21 @@ class TestWhatIsNotRead:
         trainer(tmp_path, teacher=several, objective=terms, max_steps=4).train()
         assert asked.count("first") == 3
         assert asked.count("second") == 4
+
+    def test_a_source_of_ones_own_is_as_before(self, tmp_path: Path) -> None:
+        """A teacher that stayed narrowed after a training would lack signals in the next one."""
+        source = Live(teacher(), ["hidden.2"])
+        terms = {"soft": Term("kl"), "hint": Term("mse", "hidden.1", "hidden.2", project="linear", weight=0.0)}
+        made = DistillationTrainer(
+            model=student(),
+            teacher=source,
+            objective=terms,
+            args=arguments(tmp_path, max_steps=1),
+            train_dataset=pairs(),
+        )
+        made.train()
+        batch = {key: torch.tensor(values) for key, values in pairs(2).to_dict().items()}
+        assert set(source(batch)) == {"logits", "hidden.2"}
 
 
 class TestWithoutLabels:

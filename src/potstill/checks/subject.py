@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -95,8 +96,9 @@ class Subject:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Let the models answer inside the block; at its end all is as it was, projectors made for it included."""
-        pending = [term for name, term in self.terms() if name in self.objective.pending_projectors()]
+        """Let the models answer inside the block; at its end all is as it was, layers made for it included."""
+        waiting = self.objective.pending_projectors()
+        pending = [(term, term.projector, copy.deepcopy(term.loss)) for name, term in self.terms() if name in waiting]
         states = {name: _state(source) for name, source in self.teachers.items()}
         with preserved([self.student, self.objective]):
             try:
@@ -108,8 +110,8 @@ class Subject:
                     if state is not None:
                         restore: Any = self.teachers[name]
                         restore.load_state_dict(state)
-                for term in pending:
-                    term.projector = None
+                for term, projector, loss in pending:
+                    term.projector, term.loss = projector, loss
 
     # ---- what the models say ---------------------------------------------------------------------------------------
 
@@ -250,8 +252,8 @@ class Subject:
     # ---- the terms -------------------------------------------------------------------------------------------------
 
     def terms(self) -> list[tuple[str, Term]]:
-        """Return the terms with their names."""
-        return list(self.objective.named_terms())
+        """Return the terms with their names, without those that have weight 0 from the first step to the last."""
+        return [(name, term) for name, term in self.objective.named_terms() if not term.never]
 
     def materialize(self) -> None:
         """Make the projectors that wait for their sizes.

@@ -12,7 +12,7 @@ def show(recipe: RecipeArgument, overrides: OverridesArgument = None, allow_code
     set_up_logging()
     from potstill.losses.objective import Objective
     from potstill.recipe.build import make_term
-    from potstill.recipe.layers import as_written
+    from potstill.recipe.layers import as_written, found_layers
     from potstill.recipe.load import load_recipe
     from potstill.runs.folder import to_yaml
 
@@ -21,5 +21,6 @@ def show(recipe: RecipeArgument, overrides: OverridesArgument = None, allow_code
     specs = [as_written(name, spec) for name, spec in loaded.objective.items()]
     balance = None if loaded.balance is None else loaded.balance.model_dump()
     terms = {name: make_term(spec) for each in specs for name, spec in each.items()}
-    objective = Objective(terms, balance=balance)
+    open_ = any(found_layers(spec) for spec in loaded.objective.values())  # whose names the balance may say
+    objective = Objective(terms, balance={**balance, "reference": None} if balance and open_ else balance)
     typer.echo("\n# the objective\n" + "\n".join(f"# {line}" for line in objective.describe().splitlines()))

@@ -134,6 +134,13 @@ def as_number(value: Any, *, allow_code: bool = True) -> Any:
     return Ramp(**{names[key]: item for key, item in value.items()})
 
 
+def ends(value: Any) -> tuple[Any, Any]:
+    """Return the first and the last value of a number, for a type check; of what does not change, itself twice."""
+    if isinstance(value, Ramp):
+        return value.start, value.stop
+    return at(value, Progress()), at(value, Progress(step=1))
+
+
 def at(value: Any, progress: Progress) -> Any:
     """Return the value of a number at this point of the training; values that are no ramp come back unchanged."""
     return value(progress) if isinstance(value, Ramp) or callable(value) else value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from potstill.errors import ObjectiveError, did_you_mean
 from potstill.interfaces import IGNORED, Batch, Progress, Signals
-from potstill.losses.ramps import Number, Ramp, as_number, at
+from potstill.losses.ramps import Number, Ramp, as_number, at, ends
 from potstill.losses.scale import Scale, as_scale
 from potstill.registry import losses
 
@@ -65,8 +65,8 @@ class Term(nn.Module):
         target: Any = losses.get(loss) if isinstance(loss, str) else loss
         self.loss_name = loss if isinstance(loss, str) else losses.name_of(loss)
         self.options = {name: as_number(value) for name, value in options.items()}
-        ends = (Progress(), Progress(step=1)) if isinstance(loss, str) else ()
-        found = [problem for end in ends for problem in losses.check(self.loss_name, _constants(self.options, end))]
+        both = [{name: ends(value)[end] for name, value in self.options.items()} for end in (0, 1)]
+        found = [p for end in both for p in losses.check(self.loss_name, end)] if isinstance(loss, str) else []
         if found:
             raise ObjectiveError("; ".join(dict.fromkeys(str(problem) for problem in found)))
         self.factory: Any = None
@@ -314,11 +314,6 @@ def _mask_of_tokens(signal: str, *, attention: bool) -> str | None:
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _constants(options: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Options with each ramp replaced by its value at a point of the training, as the type check wants them."""
-    return {name: at(value, progress) for name, value in options.items()}
 
 
 def _made(factory: Callable[..., Any], options: Mapping[str, Any], name: str) -> Any:

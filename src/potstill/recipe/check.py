@@ -15,9 +15,8 @@ from typing import Any
 from torch.nn import ModuleDict
 
 from potstill.data.augment import check_augmentations, split_step
-from potstill.errors import ComponentError, DataError, PotstillError, Problem, did_you_mean
-from potstill.interfaces import Progress
-from potstill.losses.ramps import as_number, at, is_ramp
+from potstill.errors import ComponentError, DataError, ObjectiveError, PotstillError, Problem, did_you_mean
+from potstill.losses.ramps import as_number, ends, is_ramp
 from potstill.losses.scale import as_scale
 from potstill.models.load import Blueprint
 from potstill.recipe.schema import SchemeSpec, TaskSpec, TermSpec, TrainSpec
@@ -279,7 +278,17 @@ def _objective(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
             problems.append(Problem(("objective", name), f"a term cannot be called '{name}'", "choose another name"))
         if isinstance(spec, Mapping) and isinstance(spec.get("loss"), str):
             problems += _term(spec, ("objective", name), allow_code)
-    return problems
+    return problems + _reference(tree)
+
+
+def _reference(tree: Mapping[str, Any]) -> list[Problem]:
+    """The term to whose length others are brought is there; among found layers that shows later."""
+    wanted = _section(tree, "balance").get("reference")
+    terms = _section(tree, "objective")
+    layered = any(isinstance(spec, Mapping) and spec.get("layers") is not None for spec in terms.values())
+    if wanted is None or layered or wanted in terms:
+        return []
+    return [Problem(("balance", "reference"), f"there is no term '{wanted}'", did_you_mean(str(wanted), terms))]
 
 
 def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Problem]:
@@ -290,8 +299,8 @@ def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Proble
             if key == "scale":
                 as_scale(value)
             ramp = as_number(value, allow_code=allow_code)
-            both = at(ramp, Progress()), at(ramp, Progress(step=1))
-        except (PotstillError, TypeError, ValueError) as error:
+            both = _ends(ramp)
+        except PotstillError as error:
             problems.append(Problem((*path, key), str(error)))
             continue
         if key not in TermSpec.model_fields:
@@ -304,6 +313,20 @@ def _term(spec: Mapping[str, Any], path: Path_, allow_code: bool) -> list[Proble
         return problems + unknown
     found = dict.fromkeys(p for end in ends for p in losses.check(spec["loss"], end, path=path, allow_code=allow_code))
     return problems + [_with_fields(p, TermSpec) for p in found]
+
+
+def _ends(number: Any) -> tuple[Any, Any]:
+    """Return the first and the last value of a number.
+
+    Raises:
+        ObjectiveError: a schedule of one's own fails.
+    """
+    try:
+        return ends(number)
+    except PotstillError:
+        raise
+    except Exception as error:  # code of one's own may raise anything
+        raise ObjectiveError(f"{number} failed: {type(error).__name__}: {error}") from error
 
 
 def _named(

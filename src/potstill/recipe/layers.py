@@ -30,7 +30,7 @@ def spread(name: str, spec: TermSpec, pairs: Pairs | None = None) -> dict[str, T
     if spec.layers is None:
         return {name: spec}
     if isinstance(spec.layers, Mapping):
-        pairs = list(spec.layers.items())
+        pairs = [(_number(one), _number(other)) for one, other in spec.layers.items()]
     if pairs is None:
         raise ObjectiveError(f"objective.{name}: `layers: {spec.layers}` needs the models; say them as in `{{1: 2}}`")
     made = {}
@@ -64,7 +64,12 @@ def _at(names: str | list[str], layer: int | str) -> str | list[str]:
     if not isinstance(names, str):
         found = [_at(name, layer) for name in names]
         return [name for name in found if isinstance(name, str)]
-    if str(layer).isdigit():
-        return f"{'hidden' if names == 'logits' else names}.{layer}"
-    owner, slash, _ = names.rpartition("/")
-    return f"{owner}{slash}{layer}"
+    owner, slash, own = names.rpartition("/")
+    if isinstance(layer, str):
+        return f"{owner}{slash}{layer}"
+    return f"{owner}{slash}{'hidden' if own == 'logits' else own}.{layer}"
+
+
+def _number(layer: int | str) -> int | str:
+    """A number that became a text on its way through a file is a number."""
+    return int(layer) if str(layer).isdigit() else layer

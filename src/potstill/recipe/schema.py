@@ -19,6 +19,7 @@ Above0 = Annotated[float, Field(gt=0)]
 AtLeast0 = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Component = str | dict[str, Any]
+Layers = Annotated[dict[int | str, int | str], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -191,9 +192,9 @@ class TermSpec(OpenSection):
     teacher: str | list[str] = "logits"
     weight: float | dict[str, Any] | None = None
     mask: str | None = None
-    project: str | None = None
+    project: Literal["auto", "linear", "mlp", "conv", "attention", "stretch", "heads"] | None = None
     scale: float | str = 1.0
-    layers: Literal["ratio", "last", "first", "skip", "pkd_last", "auto"] | dict[int | str, int | str] | None = None
+    layers: Literal["ratio", "last", "first", "skip", "pkd_last", "auto"] | Layers | None = None
 
 
 class BalanceSpec(Section):

@@ -95,7 +95,8 @@ class RunFolder:
     def disclaim(self) -> None:
         """Take back :meth:`claim`, so that a changed recipe can have the folder; nothing where a step is done."""
         if not any((self / "steps").glob("*.json")):
-            (self / "recipe.resolved.yaml").unlink(missing_ok=True)
+            for name in ("recipe.resolved.yaml", "layers.json"):
+                (self / name).unlink(missing_ok=True)
 
     def event(self, event: str, **about: Any) -> None:
         """Append one line to ``events.jsonl``; a line that a kill cut off before it is closed first."""

@@ -289,6 +289,10 @@ class _Step:
         trainer.materialize()
         self.model = trainer.distillation_module
         self.optimizer = trainer.create_optimizer()
+        args, samples = trainer.args, len(trainer.train_dataset)
+        window = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        planned = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * samples / window)
+        trainer.state.max_steps, trainer.state.global_step = planned, planned // 2  # in the midst of ramps
 
     def __call__(self, batch: Batch) -> None:
         trainer = self.trainer
@@ -301,6 +305,7 @@ class _Step:
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        trainer.state.global_step += 1
 
 
 class _Remembered:

@@ -32,7 +32,7 @@ FILE = "layers.json"
 _SAMPLES = 64
 
 
-def find_layers(plan: Plan) -> dict[str, list[tuple[str, str]]]:
+def find_layers(plan: Plan) -> dict[str, list[tuple[int | str, int | str]]]:
     """Return by term the pairs of layers, the student's and the teacher's, that its ``layers`` come to.
 
     The models are those before the training; ``auto`` runs both on the first training samples, without gradient.
@@ -41,7 +41,7 @@ def find_layers(plan: Plan) -> dict[str, list[tuple[str, str]]]:
         ObjectiveError: the rule does not fit the depths.
         SignalError: a model has several towers, or no stages are found in it.
     """
-    found: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, list[tuple[int | str, int | str]]] = {}
     samples = _Samples(plan)
     for name, spec in plan.recipe.objective.items():
         if found_layers(spec):
@@ -50,7 +50,7 @@ def find_layers(plan: Plan) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def kept_layers(run: Run) -> dict[str, list[tuple[str, str]]]:
+def kept_layers(run: Run) -> dict[str, list[tuple[int | str, int | str]]]:
     """Return the pairs that a run found, which stay when it is stopped and goes on."""
     path = run.folder / FILE
     if path.is_file():
@@ -114,7 +114,7 @@ class _Samples:
         return signals
 
 
-def _pairs(samples: _Samples, name: str, spec: TermSpec) -> list[tuple[str, str]]:
+def _pairs(samples: _Samples, name: str, spec: TermSpec) -> list[tuple[int | str, int | str]]:
     owner = _owner(samples.plan, spec)
     student, teacher, view = samples.student, samples.teacher(owner), samples.view(owner)
     ours, theirs = samples.taps(student, samples.batch), samples.taps(teacher, view)
@@ -129,15 +129,15 @@ def _pairs(samples: _Samples, name: str, spec: TermSpec) -> list[tuple[str, str]
     first = spec.student if isinstance(spec.student, str) else spec.student[0]
     embeddings = is_token_signal(ours[0]) and is_token_signal(theirs[0]) and first in ("logits", "hidden")
     return [
-        (_layer(ours[one - 1]) if one else "0", _layer(theirs[other - 1]) if other else "0")
+        (_layer(ours[one - 1]) if one else 0, _layer(theirs[other - 1]) if other else 0)
         for one, other in numbers.items()
         if embeddings or (one and other)
     ]
 
 
-def _layer(tap: str) -> str:
+def _layer(tap: str) -> int | str:
     """The number of ``hidden.3``; a module path as it is."""
-    return tap.rpartition(".")[2] if is_token_signal(tap) else tap
+    return int(tap.rpartition(".")[2]) if is_token_signal(tap) else tap
 
 
 def _owner(plan: Plan, spec: TermSpec) -> str:

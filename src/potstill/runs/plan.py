@@ -58,7 +58,7 @@ class Plan:
         return build.make_objective(self.recipe, self.task, self.layers)
 
     @cached_property
-    def layers(self) -> dict[str, list[tuple[str, str]]]:
+    def layers(self) -> dict[str, list[tuple[int | str, int | str]]]:
         """By term, the pairs of layers that the recipe leaves to be found."""
         return find_layers(self)
 

@@ -27,6 +27,7 @@ from potstill.runs.caching import cache_settings
 from potstill.runs.plan import Plan
 from potstill.teachers.live import Live, Several
 from potstill.teachers.precision import tried_precision
+from potstill.training.arguments import check_balance
 from potstill.training.module import DistillationModule
 
 if TYPE_CHECKING:
@@ -272,6 +273,8 @@ def _check_training(setup: _Setup, models: Mapping[str, nn.Module], metrics: Seq
             build.apply_dropout(models[name], spec.dropout)
             where = Path(tempfile.gettempdir()) / "potstill"
             made = build.make_training(spec, folder=where, seed=0, bars=False, evaluates=evaluates, allow_code=True)
+            if name == "student":
+                check_balance(made.arguments, setup.run.objective)
             wanted = (made.arguments.metric_for_best_model or "loss").removeprefix("eval_")
             if evaluates and wanted not in metrics:
                 raise TrainingError(

@@ -166,7 +166,7 @@ class Run(Plan):
         return super().splits
 
     @cached_property
-    def layers(self) -> dict[str, list[tuple[str, str]]]:
+    def layers(self) -> dict[str, list[tuple[int | str, int | str]]]:
         """By term, the pairs of layers that the recipe leaves to be found, as this run found them."""
         return kept_layers(self)
 

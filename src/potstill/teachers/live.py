@@ -68,7 +68,7 @@ class Live:
         return detach({**answered, **signals})
 
     def narrow(self, names: Collection[str] | None) -> None:
-        """Read these taps alone from now on, all for ``None``; compiled code reads all in any case."""
+        """Read these taps alone, until it is called with ``None``; compiled code reads all in any case."""
         self._wanted = None if names is None else frozenset(names)
 
     def to(self, device: torch.device | str) -> Live:
@@ -172,20 +172,15 @@ class Several:
         return self
 
 
-class Questions:
-    """What is asked of a teacher: only what is read, and nothing at all where that is nothing."""
-
-    def __init__(self) -> None:
-        self._asked: tuple[TeacherSource, list[str]] | None = None
-
-    def __call__(self, teacher: TeacherSource | None, batch: Batch, wanted: Sequence[str]) -> Signals:
-        """Return at least the wanted signals of a teacher for a batch."""
-        if teacher is None or not wanted:
-            return {}
-        if self._asked is None or self._asked[0] is not teacher or self._asked[1] != list(wanted):
-            self._asked = teacher, list(wanted)
-            _narrow(teacher, wanted)
+def ask(teacher: TeacherSource | None, batch: Batch, wanted: Sequence[str]) -> Signals:
+    """Return at least the wanted signals of a teacher for a batch; it is not asked where nothing is wanted."""
+    if teacher is None or not wanted:
+        return {}
+    _narrow(teacher, wanted)
+    try:
         return teacher(batch)
+    finally:
+        _narrow(teacher, None)
 
 
 def _narrow(source: TeacherSource, names: Collection[str] | None) -> None:

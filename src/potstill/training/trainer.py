@@ -30,7 +30,7 @@ from potstill.losses.objective import Objective, clamp_counts, default_objective
 from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
 from potstill.models.weights import load_modules, load_student, save_modules, save_student
 from potstill.teachers.cached import Cached
-from potstill.teachers.live import Live, Questions
+from potstill.teachers.live import Live, ask
 from potstill.teachers.shared import Sharing
 from potstill.training.arguments import check_arguments, check_balance, check_budget, check_student
 from potstill.training.callbacks import Epochs
@@ -112,7 +112,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self._sharing = Sharing(share_layers)
         self._tables: WeakKeyDictionary[datasets.Dataset, tuple[Any, InMemory | None]] = WeakKeyDictionary()
         self._hard = terms.hard_only()
-        self._questions = Questions()
         self._parts: dict[str, Tensor] = {}
         self._parts_seen = 0
         self._parts_since = 0
@@ -167,7 +166,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
 
     def _taught(self, batch: Batch) -> Signals:
         wanted = self.distillation_module.objective.taps("teacher", self.progress)
-        return self._questions(self.teacher, batch, wanted)
+        return ask(self.teacher, batch, wanted)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm that clipping found; without clipping it is not computed, for it costs a pass over all."""
@@ -324,7 +323,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             state = torch.random.get_rng_state()
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
             with self.accelerator.autocast():  # as in a step: a cache holds no answers in another precision
-                taught = self._questions(self.teacher, dict(batch), module.objective.taps("teacher"))
+                taught = ask(self.teacher, dict(batch), module.objective.taps("teacher"))
             module.materialize(taught, batch)
             module.objective.to(self.args.device)
             torch.random.set_rng_state(state)
