@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 
 def plain(text: str, limit: int = 22) -> str:
@@ -10,6 +11,15 @@ def plain(text: str, limit: int = 22) -> str:
     text = " ".join("".join(sign if sign.isprintable() else " " for sign in str(text)).split())
     text = text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
     return text.replace("$", r"\$")
+
+
+def told_apart(names: Sequence[str], limit: int) -> list[str]:
+    """Return texts for a plot; long names that begin alike are cut in the middle, for they differ at the end."""
+    cut = [plain(name, limit) for name in names]
+    alike = {text for text in cut if cut.count(text) > 1}
+    head, tail = limit // 3, limit - limit // 3 - 1
+    middle = [plain(f"{name[:head]}…{name[-tail:]}", limit) for name in names]
+    return [other if text in alike else text for text, other in zip(cut, middle, strict=True)]
 
 
 def wrapped(text: str, width: int = 16) -> str:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from potstill.evaluation.calibration import expected_calibration_error, reliability
 from potstill.report import series, words
 from potstill.report.axes import empty, legend, scale, spread, without_start
-from potstill.report.labels import plain, wrapped
+from potstill.report.labels import plain, told_apart, wrapped
 from potstill.report.run import RunView, SeedsView
 from potstill.report.style import FAINT, INK, Look, drawing, looks, style
 from potstill.runs.metrics import Estimate
@@ -225,9 +225,10 @@ def _terms(axes: Axes, terms: dict[str, tuple[list[float], list[float]]]) -> Non
     lines = ("-", "--", ":", "-.", (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2)))
     positive = all(value > 0 for _, values in terms.values() for value in values)
     axes.set_yscale("log" if positive else "linear")
-    for place, (name, (epochs, values)) in enumerate(terms.items()):
+    labels = told_apart(list(terms), 14)
+    for place, (label, (epochs, values)) in enumerate(zip(labels, terms.values(), strict=True)):
         color = ("#333b47", "#0072B2", "#8a4b00")[place % 3]
-        axes.plot(epochs, values, color=color, ls=lines[place % 6], lw=1.7, label=plain(name, 12))
+        axes.plot(epochs, values, color=color, ls=lines[place % 6], lw=1.7, label=label)
     under: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.3), "ncols": 3}
     axes.legend(frameon=False, handlelength=3.2, fontsize=10.5, columnspacing=1.2, **under)
     axes.set_title("terms of the loss, before weights")
