@@ -816,6 +816,7 @@ def test_layers_that_were_never_made():
         ("hidden.2", "attention_mask"),
         ("encoder.hidden.2", "attention_mask"),
         ("model.encoder.hidden.2", "attention_mask"),
+        ("bert.hidden.2", "attention_mask"),
         ("decoder.hidden.2", "decoder_attention_mask"),
         ("vision_model.hidden.2", None),
         ("attention.2", None),

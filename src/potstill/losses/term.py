@@ -18,6 +18,7 @@ from potstill.registry import losses
 
 Mask = str | Callable[[Batch], Tensor | None] | None
 _LAYERED = re.compile(r"(?:(?P<tower>.+)\.)?(?P<kind>hidden|attention|query|key|value)\.\d+")
+_NO_TEXT = re.compile("vis|image|audio|speech")
 _GIVEN = frozenset({"labels", "mask", "index", "progress"})
 
 
@@ -308,8 +309,9 @@ def _mask_of_tokens(signal: str, *, attention: bool) -> str | None:
     if match is None or (match["kind"] != "hidden" and not attention):
         return None
     tower = (match["tower"] or "").rpartition(".")[2]
-    usual = "attention_mask" if tower in ("", "encoder", "text_model") else None
-    return "decoder_attention_mask" if tower == "decoder" else usual
+    if tower == "decoder":
+        return "decoder_attention_mask"
+    return None if _NO_TEXT.search(tower) else "attention_mask"
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
