@@ -95,8 +95,8 @@ MUTATIONS = [
     ),
     Mutation(
         *(9, "the teacher runs in inference mode", "teachers/live.py"),
-        "with torch.no_grad(), capture",
-        "with torch.inference_mode(), capture",
+        "with torch.no_grad(), self._context(model):",
+        "with torch.inference_mode(), self._context(model):",
     ),
     Mutation(
         *(9, "hooks outlive the block", "knowledge/capture.py"),
@@ -125,8 +125,8 @@ MUTATIONS = [
     ),
     Mutation(
         *(12, "each arm starts from weights of its own", "runs/steps.py"),
-        "return blueprint.build(self.task.facts(), seed=self.recipe.seed,",
-        "return blueprint.build(self.task.facts(), seed=len(self.folder.events()),",
+        "model = self._student.build(facts, seed=self.recipe.seed,",
+        "model = self._student.build(facts, seed=len(self.folder.events()),",
     ),
     Mutation(
         *(13, "values lose their line", "recipe/document.py"),
