@@ -235,7 +235,7 @@ def table(pair: str) -> str:
     rows = []
     for method, units in found.items():
         values = [unit["accuracy"] for unit in units.values()]
-        gains = [unit["accuracy"] - alone[seed] for seed, unit in units.items() if seed in alone]
+        gains = [unit["accuracy"] - alone[seed] for seed, unit in units.items() if seed in alone]  # paired by seed
         agreement = sum(unit["agreement"] for unit in units.values()) / len(units)
         rows.append((sum(values) / len(values), method, _shown(values), _shown(gains, sign="+"), agreement, len(units)))
     lines = [
@@ -249,9 +249,9 @@ def table(pair: str) -> str:
 
 
 def _shown(values: list[float], sign: str = "") -> str:
-    """A mean in percent, with the half-width of its interval where there are several values."""
-    mean = f"{100 * sum(values) / len(values):{sign}.1f}"
-    if len(values) < 2:
+    """A mean in percent, with the half-width of its 95 % interval where there are three values or more."""
+    mean = f"{100 * sum(values) / len(values):{sign}.1f}".replace("-", "−")
+    if len(values) < 3:
         return mean
     interval = mean_interval(values)
     return f"{mean} ± {50 * (interval['high'] - interval['low']):.1f}"
