@@ -76,7 +76,7 @@ CIFAR10: dict[str, Terms] = {
     "nkd": {**HARD, "soft": {"loss": "nkd"}},
     "wsld": {**HARD, "soft": {"loss": "wsld"}},
     "mse on logits": soft("mse"),
-    "tf-kd": soft("virtual_teacher"),
+    "tf-kd": {"soft": {"loss": "virtual_teacher"}, "hard": {"loss": "cross_entropy", "weight": 0.9}},
     "cc": pooled("correlation_congruence"),
     "icc": {**HARD, "layer3": stages("icc")["layer3"]},
     "review": {
