@@ -201,8 +201,8 @@ class BalanceSpec(Section):
     """Terms whose gradients are brought to one length, so that weights say how much of the gradient is whose.
 
     ``every`` so many optimizer steps, and in the first three of each term, the lengths are measured, which costs a
-    backward a term; ones that fall are smoothed by ``decay``. ``reference`` names the term to whose length the others are
-    brought, their mean if omitted.
+    backward a term; ones that fall are smoothed by ``decay``. ``reference`` names the term to whose length the others
+    are brought, their mean if omitted.
     """
 
     every: Positive = 20
