@@ -15,6 +15,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from potstill.schemes.lesson import Lesson
+
 Batch: TypeAlias = dict[str, Tensor]
 """What a data loader yields: named tensors with the samples on the first axis, ``sample_id`` (int64 [B]) among them."""
 
@@ -85,8 +87,9 @@ class Loss(Protocol):
 class TeacherSource(Protocol):
     """Who answers: a callable from a batch to detached signals.
 
-    A source with a state (a moving average, a teacher trained at the same time) also has ``state_dict`` and
-    ``load_state_dict``; its state is then part of every checkpoint.
+    A source with a state (a moving average) also has ``state_dict`` and ``load_state_dict`` of tensors; its state is
+    then part of every checkpoint. One that acts after an optimizer step has ``after_step(progress)``, one that can give
+    fewer signals ``narrow(names)``, one that can move ``to(device)``.
     """
 
     def __call__(self, batch: Batch) -> Signals:
@@ -191,22 +194,17 @@ class Task(Protocol):
 
 
 class Scheme(Protocol):
-    """Who teaches whom now."""
+    """Who teaches whom: a change of a lesson, made before the training begins.
 
-    def setup(self, student: nn.Module, teachers: Mapping[str, TeacherSource]) -> None:
-        """Take the student and the teachers of the recipe, by name, before the training begins."""
-        ...
+    A registered scheme is a class whose options are those of a recipe's ``scheme:`` section.
+    """
 
-    def learners(self) -> Mapping[str, nn.Module]:
-        """Return the modules that are trained, by name."""
-        ...
+    def arrange(self, lesson: Lesson) -> Lesson:
+        """Return the lesson with other objectives, learners or extensions; a new one, or the same, changed.
 
-    def sources(self, progress: Progress) -> Mapping[str, TeacherSource]:
-        """Return the teacher sources that are active at this point of the training, by name."""
-        ...
-
-    def after_step(self, progress: Progress) -> None:
-        """Act after an optimizer step, such as updating a moving average."""
+        Raises:
+            TrainingError: the lesson lacks what the scheme needs; says what to add to the recipe.
+        """
         ...
 
 

@@ -268,4 +268,17 @@ synthesizers = Registry("synthesizer", "potstill.data", frozenset({"table", "see
 models = Registry("model", "potstill.models")
 callbacks = Registry("callback", "potstill.training.callbacks")
 presets = Registry("preset", "potstill.losses.presets")
-_ALL = (losses, tasks, schemes, compressors, sources, augmentations, synthesizers, models, callbacks, presets)
+teacher_sources = Registry("teacher source", "potstill.teachers", frozenset({"context"}))
+_ALL = (
+    losses,
+    tasks,
+    schemes,
+    compressors,
+    sources,
+    augmentations,
+    synthesizers,
+    models,
+    callbacks,
+    presets,
+    teacher_sources,
+)
