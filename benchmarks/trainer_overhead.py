@@ -25,7 +25,7 @@ from potstill.data.batching import InMemory
 from potstill.data.pictures import Normalise
 from potstill.losses import distillation_loss
 from potstill.models.plain import Mlp
-from potstill.recipe.build import DEFAULTS
+from potstill.recipe.arguments import DEFAULTS
 from potstill.tasks.image_classification import ImageClassification
 from potstill.training.trainer import DistillationTrainer, ready_batch
 

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from potstill import registry
 from potstill.experiments.seeds import SeedSummary
 from potstill.recipe import schema
-from potstill.recipe.build import DEFAULTS
+from potstill.recipe.arguments import DEFAULTS
 from potstill.recipe.check import MANAGED
 from potstill.runs import metrics
 

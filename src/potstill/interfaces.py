@@ -15,8 +15,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from potstill.schemes.lesson import Lesson
-
 Batch: TypeAlias = dict[str, Tensor]
 """What a data loader yields: named tensors with the samples on the first axis, ``sample_id`` (int64 [B]) among them."""
 
@@ -199,8 +197,10 @@ class Scheme(Protocol):
     A registered scheme is a class whose options are those of a recipe's ``scheme:`` section.
     """
 
-    def arrange(self, lesson: Lesson) -> Lesson:
-        """Return the lesson with other objectives, learners or extensions; a new one, or the same, changed.
+    def arrange(self, lesson: Any) -> Any:
+        """Return a :class:`potstill.schemes.lesson.Lesson` with other objectives, learners or extensions.
+
+        It may be the one that was given, changed.
 
         Raises:
             TrainingError: the lesson lacks what the scheme needs; says what to add to the recipe.

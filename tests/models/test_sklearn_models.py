@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import warnings
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import safetensors.torch
 import sklearn
 import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.datasets import load_iris, load_wine
 from sklearn.ensemble import RandomForestClassifier, VotingClassifier
 from sklearn.linear_model import LogisticRegression
@@ -249,9 +252,19 @@ def saved(model: SklearnModel, folder, name: str = "RandomForestClassifier", **k
 
 
 class TestOnDisk:
-    @pytest.mark.parametrize("name", ["RandomForestClassifier", "GaussianNB", "LogisticRegression", "MLPClassifier"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "RandomForestClassifier",
+            "GaussianNB",
+            "LogisticRegression",
+            "MLPClassifier",
+            "HistGradientBoostingClassifier",
+            "GradientBoostingClassifier",
+        ],
+    )
     def test_it_comes_back_and_says_the_same(self, name, tmp_path, monkeypatch):
-        kwargs = {"max_iter": 20} if name == "MLPClassifier" else {}
+        kwargs = {"MLPClassifier": {"max_iter": 20}, "GradientBoostingClassifier": {"n_estimators": 5}}.get(name, {})
         model = fitted(name, **kwargs)
         saved(model, tmp_path, name, **({"n_estimators": 7} if "Forest" in name else kwargs))
         monkeypatch.setattr(sklearn_models, "_FITTED", type(sklearn_models._FITTED)())
@@ -313,3 +326,97 @@ class TestOnDisk:
         fitted(random_state=2)
         fitted(random_state=1, max_depth=2)
         assert len(count) == 3
+
+
+class Centroids(ClassifierMixin, BaseEstimator):
+    """A classifier of nobody's library, with options that its signature does not name."""
+
+    def __init__(self, sharpness=1.0, random_state=None, **other):
+        self.sharpness, self.random_state, self.other = sharpness, random_state, other
+
+    def get_params(self, deep=True):
+        return {"sharpness": self.sharpness, "random_state": self.random_state, **self.other}
+
+    def fit(self, rows, labels):
+        if self.sharpness < 0:
+            raise RuntimeError("sharpness is negative")
+        self.classes_ = np.unique(labels)
+        noise = np.random.default_rng(self.random_state).normal(size=rows.shape[1])
+        self.centers_ = np.stack([rows[labels == each].mean(0) for each in self.classes_]) + 0.1 * noise
+        return self
+
+    def predict_proba(self, rows):
+        near = np.exp(-self.sharpness * ((rows[:, None] - self.centers_) ** 2).mean(-1))
+        return near / near.sum(1, keepdims=True)
+
+
+FOREIGN = f"{Centroids.__module__}.Centroids"
+
+
+@pytest.fixture
+def _importable(monkeypatch):
+    monkeypatch.setitem(sys.modules, Centroids.__module__, sys.modules[Centroids.__module__])
+
+
+class TestOtherLibraries:
+    """Any class in the manner of scikit-learn, by module and name."""
+
+    def test_it_is_fitted_saved_and_fitted_again(self, tmp_path, monkeypatch):
+        model = fitted(FOREIGN, sharpness=3.0, other=1)
+        inputs, labels = rows()
+        own = Centroids(3.0, model.options["random_state"]).fit(inputs.double().numpy(), labels.numpy())
+        np.testing.assert_allclose(model(inputs).exp().numpy(), own.predict_proba(inputs.double().numpy()), rtol=1e-5)
+        saved(model, tmp_path, FOREIGN, sharpness=3.0, other=1)
+        monkeypatch.setattr(sklearn_models, "_FITTED", type(sklearn_models._FITTED)())
+        loaded, card = load_model(tmp_path, allow_code=True)
+        assert torch.equal(loaded(inputs), model(inputs))
+        assert card["model"] == f"sklearn:{FOREIGN}"
+        about = json.loads((tmp_path / "sklearn.json").read_text())
+        assert about[Centroids.__module__.partition(".")[0]] == "of no version"
+
+    @pytest.mark.usefixtures("_forgetful")
+    def test_one_that_forgets_its_seed_is_told(self, tmp_path, monkeypatch):
+        saved(fitted(FOREIGN), tmp_path, FOREIGN)
+        sklearn_models._FITTED.clear()
+        fit = Centroids.fit
+        monkeypatch.setattr(Centroids, "fit", lambda self, *args: fit(self.set_params(random_state=None), *args))
+        with pytest.raises(ModelError, match="Centroids, fitted again to the same rows, answers otherwise than it did"):
+            load_model(tmp_path)
+
+    def test_what_is_none(self):
+        for name, message in [
+            ("no_such_module.Forest", "the module no_such_module cannot be imported"),
+            ("sklearn.ensemble.RandomForst", "there is no such class"),
+            ("sklearn.svm.LinearSVC", "it has no predict_proba"),
+            (".Forest", "there is no such class|cannot be imported|empty module name"),
+        ]:
+            (problem,) = Sklearn().check(name, {}, ("teacher",))
+            assert re.search(message, str(problem)), problem
+        assert Sklearn().check("sklearn.ensemble.RandomForestClassifier", {"n_estimators": 3}, ()) == []
+        (problem,) = Sklearn().check("sklearn.ensemble.RandomForestClassifier", {"n_estimator": 3}, ())
+        assert "did you mean 'n_estimators'" in str(problem)
+        with pytest.raises(ModelError, match=r"Centroids cannot be fitted: sharpness is negative"):
+            fitted(FOREIGN, sharpness=-1.0)
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("lightgbm.LGBMClassifier", {"n_estimators": 5, "verbosity": -1, "min_child_samples": 2, "n_jobs": 1}),
+            ("xgboost.XGBClassifier", {"n_estimators": 5, "n_jobs": 1}),
+            ("catboost.CatBoostClassifier", {"iterations": 5, "verbose": False, "allow_writing_files": False}),
+        ],
+    )
+    def test_boosted_trees_of_others(self, name, options, tmp_path, monkeypatch):
+        library = pytest.importorskip(name.partition(".")[0], reason=f"{name} is another library's")
+        assert Sklearn().check(name, options, ()) == []
+        model = fitted(name, **options)
+        kind = getattr(library, name.partition(".")[2])
+        inputs, labels = rows()
+        own = kind(**options, random_state=model.options["random_state"]).fit(inputs.double().numpy(), labels.numpy())
+        expected = own.predict_proba(inputs.double().numpy()).clip(1e-7)
+        np.testing.assert_allclose(model(inputs).exp().numpy(), expected, rtol=1e-4)
+        saved(model, tmp_path, name, **options)
+        monkeypatch.setattr(sklearn_models, "_FITTED", type(sklearn_models._FITTED)())
+        torch.testing.assert_close(load_model(tmp_path)[0](inputs), model(inputs))
+        about = json.loads((tmp_path / "sklearn.json").read_text())
+        assert about[name.partition(".")[0]] == library.__version__

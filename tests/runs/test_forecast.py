@@ -229,7 +229,7 @@ def test_each_precision_is_tried_in_that_precision(own: str, monkeypatch: pytest
 
     def known(self: Trial, spec: Any, source: Any) -> Any:
         trainer = make(self, spec, source)
-        students.update(dict.fromkeys(trainer.distillation_module.student.modules(), build.precision_of(spec)))
+        students.update(dict.fromkeys(trainer.distillation_module.student.modules(), arguments.precision_of(spec)))
         return trainer
 
     def see(module: nn.Module, args: Any, output: Any) -> None:

@@ -20,7 +20,7 @@ from potstill.interfaces import IGNORED, Batch, Signals
 from potstill.losses.objective import Objective, Term
 from potstill.losses.ramps import Ramp
 from potstill.models.plain import ConvNet, Mlp
-from potstill.recipe.build import make_training
+from potstill.recipe.arguments import make_training
 from potstill.recipe.schema import TrainSpec
 from potstill.registry import callbacks
 from potstill.teachers.live import Live, Several

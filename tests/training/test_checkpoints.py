@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from potstill.data.batching import InMemory
 from potstill.losses.objective import Objective, Term
 from potstill.models.plain import Mlp
+from potstill.training import state
 from potstill.training import trainer as engine
 from potstill.training.checkpoints import MARKER, is_complete, latest_checkpoint, mark_complete, rotate
 from potstill.training.trainer import DistillationTrainer, ready_batch
@@ -201,7 +202,7 @@ def kill(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, turn: int, a
 
 POINTS: dict[str, tuple[Any, str, int, bool, int]] = {
     "before the weights": (DistillationTrainer, "_save", 3, False, 2),
-    "before the projector": (engine, "save_modules", 5, False, 2),
+    "before the projector": (state, "save_modules", 3, False, 2),
     "before the optimizer": (Trainer, "_save_optimizer_and_scheduler", 3, False, 2),
     "before the trainer's state": (Trainer, "_save_rng_state", 3, True, 2),
     "before the marker": (engine, "mark_complete", 3, False, 2),

@@ -17,7 +17,7 @@ from potstill.data.batching import InMemory
 from potstill.errors import CodeNotAllowedError, ComponentError, TrainingError
 from potstill.losses.objective import Objective, Term
 from potstill.models.plain import Mlp
-from potstill.recipe.build import make_training
+from potstill.recipe.arguments import make_training
 from potstill.recipe.schema import TrainSpec
 from potstill.training.optimizers import check_choice, find_optimizer, find_scheduler, make_scheduler
 from potstill.training.trainer import DistillationTrainer, ready_batch

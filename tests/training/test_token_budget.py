@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from potstill.data.batching import InMemory, LengthSampler
 from potstill.data.budgets import TokenBudget
 from potstill.errors import RecipeError, TrainingError
-from potstill.recipe.build import make_training
+from potstill.recipe.arguments import make_training
 from potstill.recipe.check import check_components
 from potstill.recipe.load import recipe_from
 from potstill.recipe.schema import TrainSpec

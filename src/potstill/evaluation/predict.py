@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from potstill.data.batching import batches, length_order
-from potstill.interfaces import BatchDataset, Task
+from potstill.interfaces import IGNORED, Batch, BatchDataset, Task, TeacherSource
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    model: nn.Module | TeacherSource,
     task: Task,
     dataset: BatchDataset,
     *,
@@ -60,31 +62,47 @@ def predict(
     """Return a model's logits on every sample of a data set, in order, in eval mode.
 
     Args:
-        model: its mode and device are put back afterwards.
+        model: its mode and device are put back afterwards; or a teacher that is no module, which is shown no labels.
         task: calls the model.
         dataset: without random views.
         batch_size: samples at a time.
         device: where to compute.
         bar: label of a progress bar; none if omitted.
     """
-    was_training, home = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
     logits, labels, ids = [], [], []
-    try:
-        model.eval().to(device)
+    with _at_rest(model, device):
         steps = -(-len(dataset) // batch_size)
         order = length_order(dataset)
         every = batches(dataset, batch_size, order)
         for batch in tqdm(every, desc=bar, total=steps, disable=bar is None, leave=False):
             placed = {name: value.to(device) for name, value in batch.items()}
-            logits.append(task.forward(model, placed)["logits"].float().cpu())
+            said = task.forward(model, placed) if isinstance(model, nn.Module) else model(_unlabelled(placed))
+            logits.append(said["logits"].float().cpu())
             ids.append(batch["sample_id"])
             if "labels" in batch:
                 labels.append(batch["labels"])
-    finally:
-        model.train(was_training).to(home)
     back = slice(None) if order is None else np.argsort(order)
     return Predictions(
         torch.cat(logits).numpy()[back],
         torch.cat(labels).numpy()[back] if labels else None,
         torch.cat(ids).numpy()[back],
     )
+
+
+@contextmanager
+def _at_rest(model: nn.Module | TeacherSource, device: torch.device | str) -> Iterator[None]:
+    """Hold a module in eval mode on a device."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    was_training, home = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        model.eval().to(device)
+        yield
+    finally:
+        model.train(was_training).to(home)
+
+
+def _unlabelled(batch: Batch) -> Batch:
+    """Return a batch that tells no label."""
+    return {name: torch.full_like(value, IGNORED) if name == "labels" else value for name, value in batch.items()}

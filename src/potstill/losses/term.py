@@ -303,6 +303,13 @@ def _takes_teacher(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return "teacher" in parameters or second
 
 
+def compares(loss: str) -> bool:
+    """Return whether a loss compares with a teacher, and not with the labels."""
+    target: Any = losses.get(loss)
+    call = getattr(target, "forward", target)
+    return _takes_teacher({name: p for name, p in inspect.signature(call).parameters.items() if name != "self"})
+
+
 def _mask_of_tokens(signal: str, *, attention: bool) -> str | None:
     """Return the batch entry that says which tokens of a signal are no padding, where it has one vector per token."""
     match = _LAYERED.fullmatch(signal)

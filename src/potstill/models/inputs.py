@@ -18,6 +18,9 @@ TEACHER_PREFIX = "teacher/"
 MAIN_INPUTS = ("pixel_values", "features", "input_values", "input_features", "input_ids")
 """Names of a task's main input, passed by position to a plain module whose forward names none of them."""
 
+_OF_TASK = "task"
+"""What entries begin with that say of which task each sample is, whatever model sees it."""
+
 _ACCEPTED: dict[type[nn.Module], frozenset[str] | None] = {}
 _BESIDE = frozenset({"labels", "sample_id", VIEW})
 
@@ -88,8 +91,10 @@ def teacher_view(batch: Batch, prefix: str = TEACHER_PREFIX) -> Batch:
     if not own:
         return batch
     alone = any(name in MAIN_INPUTS for name in own)
-    shared = _BESIDE if alone else {name for name in batch if not name.startswith(TEACHER_PREFIX)}
-    return {**{name: value for name, value in batch.items() if name in shared}, **own}
+    shared = {name: v for name, v in batch.items() if not name.startswith(TEACHER_PREFIX)}
+    if alone:
+        shared = {name: value for name, value in shared.items() if name in _BESIDE or name.startswith(_OF_TASK)}
+    return {**shared, **own}
 
 
 def _base(model: nn.Module) -> nn.Module:

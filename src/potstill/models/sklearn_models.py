@@ -1,5 +1,8 @@
 """Classifiers of scikit-learn as teachers: ``sklearn:RandomForestClassifier`` in recipes, any fitted one in Python.
 
+Other libraries with classifiers in its manner are named by module and class, ``sklearn:xgboost.XGBClassifier``, which
+runs their code.
+
 Nothing is unpickled: a saved one is its options, the rows that it was fitted to and its answers to them. Where it is
 needed again it is fitted again, which must give the same answers.
 """
@@ -7,6 +10,7 @@ needed again it is fitted again, which must give the same answers.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -161,21 +165,33 @@ class SklearnModel(SklearnTeacher):
             "parameters": {key: _plain(value) for key, value in sorted(self.options.items())},
             "random_state": _plain(self.options.get("random_state")),
             "scikit-learn": sklearn.__version__,
+            **({} if self._library[0] == "scikit-learn" else dict([self._library])),
             "rows": len(self._state["labels"]),
             "fingerprint": self.fingerprint,
         }
 
+    @property
+    def _library(self) -> tuple[str, str]:
+        """The library that the classifier is of, and its version."""
+        root = type(self.estimator).__module__.partition(".")[0]
+        if root == "sklearn":
+            return "scikit-learn", sklearn.__version__
+        return root, str(getattr(importlib.import_module(root), "__version__", "of no version"))
+
     def _fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Fit, or take what was fitted to the same with the same options in this process."""
-        name, rows, classes = type(self.estimator).__name__, _rows(inputs), labels.numpy()
+        kind, rows, classes = type(self.estimator), _rows(inputs), labels.numpy()
+        name = f"{self._library[0]}'s {kind.__name__}"
         if not hasattr(self.estimator, "predict_proba"):
-            raise ModelError(f"scikit-learn's {name} has no predict_proba with these options, so it cannot teach")
-        key = joblib.hash([name, sorted(self.options.items()), rows, classes])
+            raise ModelError(f"{name} has no predict_proba with these options, so it cannot teach")
+        key = joblib.hash([kind.__module__, kind.__name__, sorted(self.options.items()), rows, classes])
         if key not in _FITTED:
             try:
                 _FITTED[key] = self.estimator.fit(rows, classes)
-            except (ValueError, TypeError) as error:
-                raise ModelError(f"scikit-learn's {name} cannot be fitted: {error}") from error
+            except Exception as error:  # libraries have classes of their own
+                if isinstance(error, ValueError | TypeError) or self._library[0] != "scikit-learn":
+                    raise ModelError(f"{name} cannot be fitted: {error}") from error
+                raise
             if "n_jobs" in self.options:  # sums of several threads come to other bits each time
                 _FITTED[key].set_params(n_jobs=1)
             while len(_FITTED) > _MOST:
@@ -221,7 +237,7 @@ class SklearnModel(SklearnTeacher):
         if not apart <= _APART:
             raise ModelError(
                 f"{type(self.estimator).__name__}, fitted again to the same rows, answers otherwise than it did (by up "
-                f"to {apart:.2g}): scikit-learn is {sklearn.__version__} here, and {CARD} says what it was"
+                f"to {apart:.2g}): {' is '.join(self._library)} here, and {CARD} says what it was"
             )
         self._keep(found)
 
@@ -230,7 +246,9 @@ class Sklearn:
     """Classifiers by the name of their class. See :class:`potstill.models.origins.Origin`.
 
     Options are those of the class. One that needs other estimators (``VotingClassifier``, ``StackingClassifier``, …)
-    cannot be said in a recipe; in Python :class:`SklearnTeacher` takes any.
+    cannot be said in a recipe; in Python :class:`SklearnTeacher` takes any. A class of another library, such as
+    ``lightgbm.LGBMClassifier``, has ``fit``, ``predict_proba``, ``classes_``, ``get_params`` and ``set_params``; fitted
+    twice to the same rows with the same options it must give the same answers. Its code runs when it is looked up.
     """
 
     def build(self, name: str, kwargs: Mapping[str, Any], facts: Mapping[str, Any], *, pretrained: bool) -> Built:
@@ -243,8 +261,8 @@ class Sklearn:
         if problems:
             raise ModelError("; ".join(str(problem) for problem in problems))
         options = dict(kwargs)
-        kind = _classifiers()[name]
-        if "random_state" in inspect.signature(kind).parameters and options.get("random_state") is None:
+        kind = _class(name)
+        if "random_state" in _parameters(kind) and options.get("random_state") is None:
             options["random_state"] = int(torch.randint(2**31 - 1, ()))
         return Built(SklearnModel(kind(**options), int(facts.get("num_labels", 0))))
 
@@ -266,11 +284,13 @@ class Sklearn:
 
     def check(self, name: str, kwargs: Mapping[str, Any], path: tuple[str | int, ...]) -> list[Problem]:
         """Return an unknown name, unknown options and values that scikit-learn refuses."""
-        kind = _classifiers().get(name)
-        if kind is None:
-            message = f"scikit-learn has no classifier '{name}' that gives probabilities and can be said in a recipe"
-            return [Problem((*path, "model"), message, did_you_mean(name, _classifiers()))]
-        known = inspect.signature(kind).parameters
+        try:
+            kind = _class(name)
+        except ModelError as error:
+            return [Problem((*path, "model"), str(error))]
+        known = _parameters(kind)
+        if "." in name and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()):
+            known |= dict(kwargs)  # such as aliases
         unknown = [
             Problem((*path, "kwargs", key), f"model 'sklearn:{name}' has no option '{key}'", did_you_mean(key, known))
             for key in kwargs
@@ -279,7 +299,7 @@ class Sklearn:
         if unknown:
             return unknown
         try:
-            kind(**kwargs)._validate_params()
+            getattr(kind(**kwargs), "_validate_params", dict)()
         except (ValueError, TypeError) as error:
             wrong = next((key for key in kwargs if f"'{key}'" in str(error)), None)
             return [Problem((*path, "kwargs", *([] if wrong is None else [wrong])), str(error))]
@@ -325,6 +345,48 @@ def _classifiers() -> dict[str, Any]:
             with suppress(ValueError, TypeError):
                 kind()._validate_params()
                 found[name] = kind
+    return found
+
+
+def _class(name: str) -> Any:
+    """Return a classifier's class: scikit-learn's by its name, any other by module and name.
+
+    Raises:
+        ModelError: there is none, or it is no classifier with probabilities.
+    """
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        kind = _classifiers().get(name)
+        if kind is None:
+            raise ModelError(
+                f"scikit-learn has no classifier '{name}' that gives probabilities and can be said in a recipe; "
+                f"{did_you_mean(name, _classifiers())}"
+            )
+        return kind
+    try:
+        kind = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, ValueError) as error:
+        raise ModelError(f"'sklearn:{name}': the module {module} cannot be imported: {error}") from error
+    lacking = [each for each in ("fit", "predict_proba", "get_params", "set_params") if not hasattr(kind, each)]
+    if not inspect.isclass(kind) or lacking:
+        lacks = (
+            "there is no such class"
+            if kind is None
+            else f"it has no {', '.join(lacking)}"
+            if lacking
+            else "it is no class"
+        )
+        raise ModelError(f"expected a classifier in the manner of scikit-learn, got 'sklearn:{name}': {lacks}")
+    return kind
+
+
+def _parameters(kind: Any) -> dict[str, Any]:
+    """Return what a classifier can be given, by name."""
+    found = {name: p for name, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    if len(found) == len(inspect.signature(kind).parameters):
+        return found
+    with suppress(ValueError, TypeError):  # those that are made of keywords say the rest themselves
+        return found | kind().get_params(deep=False)
     return found
 
 

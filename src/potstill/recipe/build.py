@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments
 
 from potstill.data.augment import split_step
 from potstill.data.load import Splits, load_splits
@@ -23,42 +21,20 @@ from potstill.models.hugging_face import hub_commit
 from potstill.models.inputs import TEACHER_PREFIX
 from potstill.models.load import Blueprint, read_card
 from potstill.recipe.layers import Pairs, spread
-from potstill.recipe.schema import ModelSpec, Recipe, TeacherSpec, TermSpec, TrainSpec, WhoSpec
-from potstill.registry import callbacks, tasks
+from potstill.recipe.schema import (
+    CutSpec,
+    ModelSpec,
+    Recipe,
+    StudentSpec,
+    TeacherSpec,
+    TermSpec,
+    TrainSpec,
+    WhoSpec,
+)
+from potstill.registry import tasks
 from potstill.runs.cache import file_hash
-from potstill.training.callbacks import MaxNorm
-from potstill.training.optimizers import Choice, find_optimizer, find_scheduler, make_scheduler
-from potstill.training.precision import HALVES, chosen_precision
 
 _BY_TOKEN = re.compile(r"(^|[./])(hidden|attention|query|key|value)\.\d+$")
-
-DEFAULTS: dict[str, Any] = {
-    "logging_strategy": "steps",
-    "logging_steps": 0.02,
-    "eval_strategy": "steps",
-    "eval_steps": 0.1,
-    "save_strategy": "steps",
-    "save_steps": 0.1,
-    "save_total_limit": 2,
-    "report_to": [],
-    "remove_unused_columns": False,
-    "restore_callback_states_from_checkpoint": True,
-    "per_device_eval_batch_size": 256,
-    "log_level": "error",
-    "logging_nan_inf_filter": False,  # which would log a diverged training as if it went on
-    "dataloader_pin_memory": torch.cuda.is_available(),
-    "use_cpu": not torch.accelerator.is_available(),
-}
-"""Training arguments where a recipe says nothing; fractions are shares of the training."""
-
-
-@dataclass(frozen=True)
-class TrainerSetup:
-    """What a ``train:`` section means to :class:`DistillationTrainer`."""
-
-    arguments: TrainingArguments
-    callbacks: list[TrainerCallback]
-    keywords: dict[str, Any] = field(default_factory=dict)
 
 
 def make_task(recipe: Recipe) -> Task:
@@ -110,8 +86,8 @@ def make_splits(recipe: Recipe, *, allow_code: bool = True) -> Splits:
     return with_transfer(found, data.synthesize, label=label, features=features, seed=data.seed, allow_code=allow_code)
 
 
-def make_blueprint(spec: ModelSpec) -> Blueprint:
-    """Return how to build a model by its reference."""
+def make_blueprint(spec: ModelSpec | TeacherSpec) -> Blueprint:
+    """Return how to build a model by its reference; for one that may be cut see :func:`teacher_blueprint`."""
     weights = spec.weights if spec.weights is None or "://" in spec.weights else Path(spec.weights).expanduser()
     return Blueprint(spec.model, spec.kwargs, weights, spec.pretrained)
 
@@ -124,12 +100,20 @@ def student_blueprint(recipe: Recipe, saved: Callable[[str], Path] | None = None
         saved: teacher's name to the folder where it is saved, for a student cut from a fine-tuned teacher; without it
             such a student is cut from the teacher as it began.
     """
-    spec = recipe.student
+    return _blueprint(recipe, recipe.student, saved)
+
+
+def teacher_blueprint(recipe: Recipe, name: str, saved: Callable[[str], Path] | None = None) -> Blueprint:
+    """Return how to build a teacher, one that is cut from another teacher included; see :func:`student_blueprint`."""
+    return _blueprint(recipe, recipe.all_teachers[name], saved)
+
+
+def _blueprint(recipe: Recipe, spec: StudentSpec | TeacherSpec, saved: Callable[[str], Path] | None) -> Blueprint:
     if spec.from_teacher is None:
         fields_ = {key: getattr(spec, key) for key in WhoSpec.model_fields}
         return make_blueprint(ModelSpec(model=spec.model or "", **fields_))
-    owner = _owner(recipe)
-    whole = make_blueprint(recipe.all_teachers[owner])
+    owner = _owner(recipe, spec.from_teacher)
+    whole = teacher_blueprint(recipe, owner, saved)
     if spec.from_teacher.weights == "finetuned" and saved is not None:
         whole = Blueprint(str(saved(owner)))
     return replace(whole, keep_blocks=tuple(spec.from_teacher.keep_blocks), container=spec.from_teacher.container)
@@ -137,13 +121,20 @@ def student_blueprint(recipe: Recipe, saved: Callable[[str], Path] | None = None
 
 def student_name(recipe: Recipe) -> str:
     """Return the student's reference, or how it is cut."""
-    cut = recipe.student.from_teacher
-    if cut is None:
-        return str(recipe.student.model)
-    return f"blocks {', '.join(str(place) for place in cut.keep_blocks)} of {recipe.all_teachers[_owner(recipe)].model}"
+    return model_name(recipe, recipe.student)
 
 
-def fingerprint(spec: ModelSpec) -> Any:
+def model_name(recipe: Recipe, spec: StudentSpec | TeacherSpec) -> str:
+    """Return the reference of a student or teacher, how it is cut, or what kind of source it is."""
+    cut = spec.from_teacher
+    if cut is not None:
+        owner = model_name(recipe, recipe.all_teachers[_owner(recipe, cut)])
+        return f"blocks {', '.join(str(place) for place in cut.keep_blocks)} of {owner}"
+    source = getattr(spec, "source", None)
+    return str(spec.model) if source is None else str(split_step(source)[0])
+
+
+def fingerprint(spec: ModelSpec | TeacherSpec) -> Any:
     """Return what decides a model before it is trained, as plain data: the content of its files, not their place."""
     folder = Path(spec.model).expanduser()
     model: Any = spec.model
@@ -172,10 +163,9 @@ def find_processors(recipe: Recipe, task: Task, *, allow_code: bool = True) -> d
     if "auto_model" not in facts:  # a task of plain tensors
         return dict.fromkeys(["student", *recipe.all_teachers])
     blueprints = {"student": student_blueprint(recipe)}
-    blueprints |= {name: make_blueprint(spec) for name, spec in recipe.all_teachers.items()}
-    specs: dict[str, WhoSpec] = {"student": recipe.student, **recipe.all_teachers}
-    if recipe.student.from_teacher is not None:
-        specs["student"] = recipe.all_teachers[_owner(recipe)]
+    blueprints |= {name: teacher_blueprint(recipe, name) for name in recipe.model_teachers}
+    specs: dict[str, WhoSpec] = {"student": _whole(recipe, recipe.student)}
+    specs |= {name: _whole(recipe, spec) for name, spec in recipe.model_teachers.items()}
     made: dict[str, Any] = {}
     found = {}
     for name, blueprint in blueprints.items():
@@ -185,7 +175,13 @@ def find_processors(recipe: Recipe, task: Task, *, allow_code: bool = True) -> d
         if key not in made:
             made[key] = source.processor(facts, allow_code=allow_code) or _saved_processor(source, recipe)
         found[name] = made[key]
-    return found
+    return {**dict.fromkeys(recipe.all_teachers, found["student"]), **found}
+
+
+def _whole(recipe: Recipe, spec: StudentSpec | TeacherSpec) -> WhoSpec:
+    """Return the section of the model that a model is cut from, or its own."""
+    cut = spec.from_teacher
+    return spec if cut is None else _whole(recipe, recipe.all_teachers[_owner(recipe, cut)])
 
 
 def _saved_processor(blueprint: Blueprint, recipe: Recipe) -> Any:
@@ -204,7 +200,7 @@ def check_tokens(recipe: Recipe, objective: Objective, batch: Batch) -> None:
     Raises:
         ObjectiveError: names the term, the signal and what to do.
     """
-    for name in recipe.all_teachers:
+    for name in recipe.model_teachers:
         if f"{teacher_prefix(recipe, name)}input_ids" not in batch:
             continue
         for term_name, term in objective.named_terms():
@@ -261,43 +257,84 @@ def prepared(task: Task, student: Any, teachers: Mapping[str, Any] | None = None
     return own
 
 
-def prepared_for_distillation(recipe: Recipe, task: Task, processors: Mapping[str, Any]) -> Task:
-    """Return a copy of a fitted task that makes the inputs of the student and of every teacher."""
-    teachers = {teacher_prefix(recipe, name): processors[name] for name in recipe.all_teachers}
-    return prepared(task, processors["student"], teachers)
+def prepared_for_distillation(
+    recipe: Recipe, task: Task, processors: Mapping[str, Any], learner: str = "student"
+) -> Task:
+    """Return a copy of a fitted task that makes the inputs of a learner, the student if omitted, and of every teacher.
+
+    The learner's have plain names; a teacher that learns from others is none of its own teachers.
+    """
+    others = [name for name in recipe.model_teachers if name != learner]
+    return prepared(task, processors[learner], {teacher_prefix(recipe, name): processors[name] for name in others})
 
 
 def is_random(spec: TeacherSpec) -> bool:
-    """Return whether a teacher certainly knows nothing: an architecture, not trained and without weights."""
+    """Return whether a teacher certainly knows nothing: an architecture, never trained and without weights."""
     new = spec.model.startswith("potstill:") or not spec.pretrained
-    return spec.train is None and spec.weights is None and new
+    learns = spec.train is not None or spec.joint is not None or spec.source is not None
+    return not learns and spec.from_teacher is None and spec.weights is None and new
 
 
-def make_objective(recipe: Recipe, task: Task, layers: Mapping[str, Pairs] | None = None) -> Objective:
-    """Return the objective of the distilled student.
+def make_objective(
+    recipe: Recipe,
+    task: Task,
+    layers: Mapping[str, Pairs] | None = None,
+    terms: Mapping[str, TermSpec] | None = None,
+) -> Objective:
+    """Return the objective of the distilled student, or of a teacher that learns from others.
 
     Args:
         recipe: the recipe.
         task: whose mask the responses have.
         layers: by term, the pairs of layers that were found for it.
+        terms: those of a teacher's own objective; the recipe's, with its balance, if omitted.
 
     Raises:
         ObjectiveError: a term cannot be made, or its layers are to be found and are not there.
     """
     found = layers or {}
-    specs = [spread(name, spec, found.get(name)) for name, spec in recipe.objective.items()]
-    terms = {name: make_term(spec) for each in specs for name, spec in each.items()}
-    if len(terms) < sum(map(len, specs)):
+    wanted = recipe.objective if terms is None else terms
+    specs = [spread(name, spec, found.get(name)) for name, spec in wanted.items()]
+    made = {name: make_term(spec) for each in specs for name, spec in each.items()}
+    if len(made) < sum(map(len, specs)):
         raise ObjectiveError("two terms of the objective have one name; rename the one without `layers`")
-    balance = None if recipe.balance is None else recipe.balance.model_dump()
-    return Objective(terms, response_mask=task.mask, balance=balance)
+    balance = None if recipe.balance is None or terms is not None else recipe.balance.model_dump()
+    return Objective(made, response_mask=task.mask, balance=balance)
+
+
+def signals_of(
+    recipe: Recipe, objectives: Sequence[Objective], name: str, among: Collection[str] | None = None
+) -> list[str]:
+    """Return the signals that terms read from one teacher, by themselves or through a source made of it.
+
+    They go by its name, ``NAME/SIGNAL``, and by bare names where it is the only one.
+
+    Args:
+        recipe: the recipe.
+        objectives: whose terms.
+        name: the teacher's.
+        among: the names of all teachers that these objectives have; those of the recipe if omitted.
+    """
+    owners = [name, *(other for other, spec in recipe.all_teachers.items() if name in _named_in(spec.source))]
+    read = [signal for objective in objectives for signal in objective.taps("teacher")]
+    found = [signal.partition("/")[2] for signal in read for owner in owners if signal.startswith(f"{owner}/")]
+    if len(recipe.all_teachers if among is None else among) == 1:
+        found += [signal for signal in read if not signal.startswith((f"{name}/", "self/"))]
+    return list(dict.fromkeys(found))
 
 
 def teacher_taps(recipe: Recipe, objective: Objective, name: str) -> list[str]:
-    """Return the taps that the terms read from one teacher: those under its name, or all where it is the only one."""
-    taps = [tap for tap in objective.taps("teacher") if tap.split("/")[-1] != "logits"]
-    several = len(recipe.all_teachers) > 1
-    return [tap.removeprefix(f"{name}/") for tap in taps if not several or tap.startswith(f"{name}/")]
+    """Return the taps among the signals that terms read from one teacher: all but its logits."""
+    return [tap for tap in signals_of(recipe, [objective], name) if tap.split("/")[-1] != "logits"]
+
+
+def _named_in(value: Any) -> set[str]:
+    """Return every text in the options of a source: the teachers that it is made of are among them."""
+    if isinstance(value, Mapping):
+        return {text for item in value.values() for text in _named_in(item)}
+    if isinstance(value, list | tuple):
+        return {text for item in value for text in _named_in(item)}
+    return {value} if isinstance(value, str) else set()
 
 
 def supervised_objective(task: Task) -> Objective:
@@ -319,90 +356,6 @@ def check_labels(objective: Objective, train: Dataset, label: str) -> None:
         )
 
 
-def make_training(
-    spec: TrainSpec, *, folder: Path, seed: int, bars: bool, evaluates: bool, allow_code: bool = True
-) -> TrainerSetup:
-    """Return arguments, callbacks and the rest of a trainer's settings.
-
-    Args:
-        spec: the ``train:`` section.
-        folder: where checkpoints go.
-        seed: of shuffling, dropout and views.
-        bars: whether to show progress bars.
-        evaluates: whether there is a validation split.
-        allow_code: whether dotted paths outside potstill may be imported.
-
-    Raises:
-        TrainingError: an argument that Trainer refuses.
-        ComponentError: an unknown optimizer, scheduler or callback.
-    """
-    made = [_callback(component, allow_code) for component in spec.callbacks]
-    optimizer = find_optimizer(spec.optimizer, allow_code=allow_code)
-    scheduler = find_scheduler(spec.scheduler, allow_code=allow_code)
-    _check_settings(spec, made, evaluates, optimizer, scheduler)
-    wanted = {**DEFAULTS, **_trainer_names(optimizer.trainer, optimizer.options, scheduler.trainer, scheduler.options)}
-    for callback in made:
-        wanted |= getattr(callback, "training_arguments", {})
-    if not evaluates:
-        wanted |= {"eval_strategy": "no", "load_best_model_at_end": False}
-    if scheduler.target is torch.optim.lr_scheduler.ReduceLROnPlateau:
-        wanted.setdefault("metric_for_best_model", "loss")
-    wanted |= spec.options
-    precision = precision_of(spec)
-    if precision in HALVES:
-        wanted[precision] = True
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=spec.epochs,
-            per_device_train_batch_size=spec.batch_size,
-            learning_rate=spec.learning_rate,
-            weight_decay=spec.weight_decay,
-            seed=seed,
-            data_seed=seed,
-            disable_tqdm=not bars,
-            **wanted,
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise TrainingError(f"train: {error}") from error
-    keywords: dict[str, Any] = {
-        "projector_learning_rate": spec.projector_learning_rate,
-        "group_by_length": spec.group_by_length,
-        "batch_tokens": spec.batch_tokens,
-    }
-    if optimizer.target is not None:
-        keywords["optimizer_cls_and_kwargs"] = optimizer.target, {"lr": spec.learning_rate, **optimizer.options}
-    keywords["scheduler"] = make_scheduler(scheduler)
-    if spec.max_norm is not None:
-        made.append(MaxNorm(spec.max_norm))
-    return TrainerSetup(arguments, made, keywords)
-
-
-def precision_of(spec: TrainSpec) -> str:
-    """Return in which precision a model is trained here: ``fp32``, ``medium``, ``bf16`` or ``fp16``.
-
-    Raises:
-        TrainingError: a precision that the processor has not, or two of them.
-    """
-    device = "cpu" if spec.options.get("use_cpu") else torch.accelerator.current_accelerator() or "cpu"
-    return chosen_precision(spec.precision, spec.options, device)
-
-
-def apply_dropout(model: torch.nn.Module, share: float | None) -> None:
-    """Set every dropout layer of a model to ``share``; nothing for ``None``.
-
-    Raises:
-        TrainingError: the model has no dropout layer.
-    """
-    if share is None:
-        return
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd)]
-    if not layers and share:
-        raise TrainingError(f"train.dropout is {share} and {type(model).__name__} has no dropout layer")
-    for layer in layers:
-        layer.p = share
-
-
 def make_term(spec: TermSpec) -> Term:
     """Return one term of an objective.
 
@@ -421,62 +374,18 @@ def make_term(spec: TermSpec) -> Term:
     )
 
 
-def _owner(recipe: Recipe) -> str:
-    """Return the name of the teacher from which the student is cut."""
-    cut = recipe.student.from_teacher
-    return (cut.teacher if cut is not None else None) or next(iter(recipe.all_teachers))
+def _owner(recipe: Recipe, cut: CutSpec) -> str:
+    """Return the name of the teacher from which a model is cut."""
+    return cut.teacher or next(name for name, spec in recipe.model_teachers.items() if spec.from_teacher is None)
 
 
 def _label_names(recipe: Recipe, splits: Splits) -> list[str]:
     label = str(recipe.task.options.get("label", "label"))
     tables = [table for table in (splits.validation, splits.test) if table is not None]
-    cards = [read_card(Path(spec.model).expanduser()) for spec in recipe.all_teachers.values()]
+    cards = [read_card(Path(spec.model).expanduser()) for spec in recipe.model_teachers.values()]
     found = [
         recipe.data.labels,
         *(getattr(table.features.get(label), "names", None) for table in tables),
         *(card["settings"].get("label_names") for card in cards if card is not None),
     ]
     return list(next((names for names in found if names), []))
-
-
-def _check_settings(
-    spec: TrainSpec, made: list[TrainerCallback], evaluates: bool, optimizer: Choice, scheduler: Choice
-) -> None:
-    """Refuse what would have no effect, or fail only once the training is under way."""
-    unused = sorted({"adam_beta1", "adam_beta2", "adam_epsilon"} & set(spec.options))
-    if unused and optimizer.target is not None:
-        raise TrainingError(
-            f"train.{unused[0]} has no effect on the optimizer '{optimizer.name}'; "
-            f"say it as in `optimizer: {{name: {optimizer.name}, betas: [0.9, 0.999], eps: 1.0e-8}}`"
-        )
-    strategy = str(spec.options.get("eval_strategy", "no"))
-    needing = [] if strategy == "no" else [f"eval_strategy: {strategy}"]
-    needing += [c.name for c in [scheduler] if c.target is torch.optim.lr_scheduler.ReduceLROnPlateau]
-    needing += [
-        split_step(component)[0]
-        for component, callback in zip(spec.callbacks, made, strict=True)
-        if "load_best_model_at_end" in getattr(callback, "training_arguments", {})
-    ]
-    if needing and not evaluates:
-        raise TrainingError(f"train: {needing[0]} needs a validation split with labels, and there is none")
-
-
-def _callback(component: str | Mapping[str, Any], allow_code: bool) -> TrainerCallback:
-    name, options = split_step(component)
-    factory: Callable[..., TrainerCallback] = callbacks.get(name, allow_code=allow_code)
-    return factory(**options)
-
-
-def _trainer_names(
-    optimizer: str | None, optimizer_options: Mapping[str, Any], scheduler: str | None, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    if optimizer is not None:
-        names["optim"] = optimizer
-        if optimizer_options:
-            names["optim_args"] = ",".join(f"{key}={value}" for key, value in optimizer_options.items())
-    if scheduler is not None:
-        names["lr_scheduler_type"] = scheduler
-        if options:
-            names["lr_scheduler_kwargs"] = dict(options)
-    return names

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
 if TYPE_CHECKING:
     from potstill.runs.steps import Run
@@ -154,30 +154,6 @@ class CacheSpec(Section):
     top_k: Positive | None = None
 
 
-class TeacherSpec(ModelSpec):
-    """A teacher; ``train`` says how it is trained first, where it is not trained already.
-
-    ``seed`` is that of its training, the recipe's if omitted: a fixed one is trained once for runs with several seeds.
-    ``labels: dataset`` says that its outputs are the data set's classes in their order, whatever names it has for them.
-    ``cache`` keeps its answers on disk, so that it is asked once for each sample: ``true``, ``false``, settings, or
-    ``auto`` for where the training sees each view of a sample more than once. ``precision`` is that in which it
-    teaches, the student's if omitted, ``auto`` for the fastest that says the same; ``compile`` compiles its forward.
-    Neither changes how it is trained.
-    """
-
-    train: TrainSpec | None = None
-    seed: int | None = None
-    labels: Literal["dataset"] | None = None
-    cache: bool | Literal["auto"] | CacheSpec = "auto"
-    precision: Literal["fp32", "bf16", "fp16", "int8", "auto"] | None = None
-    compile: bool = False
-
-    @property
-    def learns_here(self) -> bool:
-        """Whether it is trained in the run, or, as a classifier of scikit-learn, fitted to the training split."""
-        return self.train is not None or self.model.startswith("sklearn:")
-
-
 class TermSpec(OpenSection):
     """One term of the objective; the other keys are options of the loss, and numbers may be ramps.
 
@@ -197,6 +173,61 @@ class TermSpec(OpenSection):
     layers: Literal["ratio", "last", "first", "skip", "pkd_last", "auto"] | Layers | None = None
 
 
+class JointSpec(Section):
+    """How a teacher is trained at the same time as the student: by the steps of ``train``, where nothing else is said.
+
+    It minimises the hard terms of the objective, or those of its own, in a parameter group of its own, and its gradient
+    is clipped by itself.
+    """
+
+    learning_rate: Above0 | None = None
+    weight_decay: AtLeast0 | None = None
+
+
+class TeacherSpec(WhoSpec):
+    """A teacher: a model by reference or cut from another teacher, or a ``source`` of another kind.
+
+    ``train`` says how a model is trained first, where it is not trained already; ``train: jointly`` trains it at the
+    same time as the student, and ``joint`` says with what other settings. An ``objective`` of its own lets it learn
+    from other teachers: from those named before it, where it is trained first (an assistant), from all and the
+    ``student``, where it is trained jointly (a peer).
+    ``source`` is a registered teacher source with its options, such as ``{ensemble: {of: [one, other]}}``.
+    ``seed`` is that of its training, the recipe's if omitted: a fixed one is trained once for runs with several seeds.
+    ``task`` names the task of a multi-task recipe that it knows and is trained on.
+    ``labels: dataset`` says that its outputs are the data set's classes in their order, whatever names it has for them.
+    ``cache`` keeps its answers on disk, so that it is asked once for each sample: ``true``, ``false``, settings, or
+    ``auto`` for where the training sees each view of a sample more than once. ``precision`` is that in which it
+    teaches, the student's if omitted, ``auto`` for the fastest that says the same; ``compile`` compiles its forward.
+    Neither changes how it is trained.
+    """
+
+    model: str = ""
+    from_teacher: CutSpec | None = None
+    source: Component | None = None
+    train: TrainSpec | None = None
+    joint: JointSpec | None = None
+    objective: dict[str, TermSpec] | None = None
+    task: str | None = None
+    seed: int | None = None
+    labels: Literal["dataset"] | None = None
+    cache: bool | Literal["auto"] | CacheSpec = "auto"
+    precision: Literal["fp32", "bf16", "fp16", "int8", "auto"] | None = None
+    compile: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _jointly(cls, given: Any) -> Any:
+        """Read ``train: jointly``."""
+        if isinstance(given, dict) and given.get("train") == "jointly":
+            return {**given, "train": None, "joint": given.get("joint") or {}}
+        return given
+
+    @property
+    def learns_here(self) -> bool:
+        """Whether it is trained first in the run, or, as a classifier of scikit-learn, fitted to the training split."""
+        return self.train is not None or self.model.startswith("sklearn:")
+
+
 class BalanceSpec(Section):
     """Terms whose gradients are brought to one length, so that weights say how much of the gradient is whose.
 
@@ -214,6 +245,26 @@ class SchemeSpec(OpenSection):
     """Who teaches whom: a scheme's name and its options."""
 
     name: str = "offline"
+
+
+class StageSpec(Section):
+    """One stage of a training in several: what differs from the recipe.
+
+    The student goes on with the weights of the stage before; the optimizer, the learning rate and the projectors begin
+    anew. ``objective``, ``balance``, ``scheme`` and ``freeze`` stand in place of the recipe's; ``train`` changes
+    what it names.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    objective: dict[str, TermSpec] | None = None
+    balance: BalanceSpec | None = None
+    scheme: SchemeSpec | None = None
+    train: TrainSpec | None = None
+    freeze: list[str] | None = None
+
+    @field_serializer("train")
+    def _changes(self, train: TrainSpec | None) -> dict[str, Any] | None:
+        return None if train is None else train.model_dump(mode="json", exclude_unset=True)
 
 
 class BaselineSpec(Section):
@@ -262,6 +313,7 @@ class Recipe(Section):
     balance: BalanceSpec | None = None
     scheme: SchemeSpec = SchemeSpec()
     train: TrainSpec = TrainSpec()
+    stages: list[StageSpec] = Field(default_factory=list)
     baseline: BaselineSpec = BaselineSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     preflight: PreflightSpec = PreflightSpec()
@@ -272,13 +324,27 @@ class Recipe(Section):
         return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
 
     @property
+    def model_teachers(self) -> dict[str, TeacherSpec]:
+        """The teachers that are models of this run, by name; not the sources of other kinds."""
+        return {name: spec for name, spec in self.all_teachers.items() if spec.source is None}
+
+    @property
+    def joint_teachers(self) -> dict[str, TeacherSpec]:
+        """The teachers that are trained at the same time as the student, by name."""
+        return {name: spec for name, spec in self.all_teachers.items() if spec.joint is not None}
+
+    @property
     def baseline_train(self) -> TrainSpec:
         """How the baseline is trained: ``train`` with the changes of ``baseline.train``."""
-        own = self.baseline.train
-        return self.train if own is None else TrainSpec(**{**dict(self.train), **own.model_dump(exclude_unset=True)})
+        return changed_train(self.train, self.baseline.train)
 
     def build(self, output: Path | str | None = None, **options: Any) -> Run:
         """Return the run of this recipe; see :class:`potstill.runs.steps.Run` for the options."""
         from potstill.runs.steps import Run
 
         return Run(self, output, **options)
+
+
+def changed_train(usual: TrainSpec, own: TrainSpec | None) -> TrainSpec:
+    """Return the settings of a training with the changes that another section makes."""
+    return usual if own is None else TrainSpec(**{**dict(usual), **own.model_dump(exclude_unset=True)})

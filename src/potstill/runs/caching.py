@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from potstill._version import __version__
 from potstill.errors import TrainingError
 from potstill.interfaces import TeacherSource
+from potstill.losses.objective import Objective
 from potstill.recipe import build
 from potstill.recipe.schema import CacheSpec, Recipe
 from potstill.runs.cache import content_hash, file_hash, table_hash
@@ -34,31 +35,41 @@ _LARGE = 2**31
 """Bytes of a table from which on it is not hashed whole."""
 
 
-def teacher_source(run: Run, name: str, *, strict: bool = False) -> TeacherSource:
-    """Return a teacher of a run as the student asks it: from the cache where that is asked for or pays, else live.
+def teacher_source(
+    run: Run,
+    name: str,
+    objectives: Sequence[Objective] | None = None,
+    read: Sequence[str] | None = None,
+    *,
+    strict: bool = False,
+) -> TeacherSource:
+    """Return a teacher of a run as it is asked: from the cache where that is asked for or pays, else live.
 
     Args:
         run: with the saved teacher.
         name: the teacher's.
+        objectives: of all who learn; the student's if omitted.
+        read: the signals that these read of it; found in the objectives if omitted.
         strict: whether what cannot be kept is an error, and a cache is used in any case.
 
     Raises:
         TrainingError: a cache is asked for, and random views are drawn without end.
     """
     wanted = cache_settings(run.recipe, name, strict=strict)
-    read = _read(run, name)
+    objectives = [run.objective] if objectives is None else objectives
+    read = build.signals_of(run.recipe, objectives, name) if read is None else read
+    taps = [signal for signal in read if signal != "logits"]
     if wanted is None or not read:
-        return run.live_teacher(name)
-    taps = build.teacher_taps(run.recipe, run.objective, name)
+        return run.live_teacher(name, taps)
     return Cached(
-        Deferred(partial(run.live_teacher, name), build.teacher_prefix(run.recipe, name)),
+        Deferred(partial(run.live_teacher, name, taps), build.teacher_prefix(run.recipe, name)),
         run.cache.root / KIND,
         identity=_identity(run, name, taps),
         precision=wanted.precision,
         top_k=wanted.top_k,
         strict=strict,
-        unmasked=run.objective.unmasked(),
-        signals=read,
+        unmasked={signal for objective in objectives for signal in objective.unmasked()},
+        signals=set(read),
         required=strict or run.recipe.all_teachers[name].cache != "auto",
         room=(len(run.splits.taught_on) * (build.count_views(run.recipe, run.recipe.train) or 1), run.cache.limit),
     )
@@ -108,7 +119,7 @@ def _identity(run: Run, name: str, taps: list[str]) -> dict[str, Any]:
         file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json")
     }
     random = build.is_random_view(run.recipe, spec)
-    data: dict[str, Any] = {"table": _table(run), "task": run.task_of(name).settings()}
+    data: dict[str, Any] = {"table": table_identity(run), "task": run.task_of(name).settings()}
     if random:
         data |= {"augment": run.recipe.data.augment if spec.augment is None else spec.augment}
         data |= {"seed": run.recipe.data.seed}
@@ -116,16 +127,9 @@ def _identity(run: Run, name: str, taps: list[str]) -> dict[str, Any]:
     return {"files": content_hash(files), "taps": taps, "data": content_hash(data), "potstill": __version__, **form}
 
 
-def _table(run: Run) -> str:
+def table_identity(run: Run) -> str:
     """Return a hash of what is taught on: of a large table of some rows, for all inputs are compared in any case."""
     table: Any = run.splits.taught_on
     if table.data.nbytes <= _LARGE:
         return run.train_hash if run.splits.transfer is None else table_hash(table)
     return f"{len(table)} {table_hash(table.select(range(0, len(table), max(1, len(table) // 4096))))}"
-
-
-def _read(run: Run, name: str) -> set[str]:
-    """Return the signals of a teacher that terms read."""
-    several = len(run.recipe.all_teachers) > 1
-    read = {signal for _, term in run.objective.named_terms() if not term.hard for signal in term.teacher}
-    return {signal.removeprefix(f"{name}/") for signal in read if not several or signal.startswith(f"{name}/")}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from potstill.data.batching import length_order
 from potstill.errors import TrainingError
 from potstill.interfaces import Batch
-from potstill.recipe import build
+from potstill.recipe import arguments, build
 from potstill.recipe.schema import CacheSpec, TrainSpec
 from potstill.runs.cache import Cache
 from potstill.runs.caching import KIND, cache_settings, teacher_source
@@ -131,7 +131,7 @@ def forecast(plan: Plan, name: str, *, batches: int = 5) -> CachePlan:
 
 def computing_as(spec: TrainSpec, device: torch.device) -> AbstractContextManager[Any]:
     """Return the precision in which a training computes, as a context."""
-    precision, stack = build.precision_of(spec), ExitStack()
+    precision, stack = arguments.precision_of(spec), ExitStack()
     stack.enter_context(matrix_products(precision))
     if precision in HALVES:
         stack.enter_context(torch.autocast(device.type, HALVES[precision]))

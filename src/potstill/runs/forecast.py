@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from potstill.data.batching import InMemory
 from potstill.errors import TrainingError
 from potstill.interfaces import Batch, Signals, TeacherSource
-from potstill.recipe import build
+from potstill.recipe import arguments, build
 from potstill.recipe.schema import TrainSpec
 from potstill.runs.caching import cache_settings
 from potstill.runs.plan import Plan
@@ -88,7 +88,7 @@ class Trial:
             budget_s: after so many seconds no further round of measurements begins.
         """
         recipe, spec = self.plan.recipe, self.plan.recipe.train
-        precision = build.precision_of(spec)
+        precision = arguments.precision_of(spec)
         trainers = {FLOOR: self.trainer(spec, self._alone)}
         if recipe.all_teachers:
             live = self.live
@@ -97,7 +97,7 @@ class Trial:
         cached = any(cache_settings(recipe, name) is not None for name in recipe.all_teachers)
         own = FLOOR if LIVE not in trainers else CACHED if cached else LIVE
         others = {name: self.trainer(changed, trainers[own].teacher) for name, changed in _variants(spec).items()}
-        precisions = {name: build.precision_of(changed) for name, changed in _variants(spec).items()}
+        precisions = {name: arguments.precision_of(changed) for name, changed in _variants(spec).items()}
         every = {**trainers, **others}
         seconds = self._measured(every, {**dict.fromkeys(trainers, precision), **precisions}, budget_s)
         faster = {name: seconds[own] / seconds[name] for name in others}
@@ -119,7 +119,7 @@ class Trial:
         cached = any(cache_settings(recipe, name) is not None for name in recipe.all_teachers)
         source = None if not recipe.all_teachers else self._cached(self.live) if cached else self.live
         trainer = self.trainer(spec, source)
-        with matrix_products(build.precision_of(spec)):
+        with matrix_products(arguments.precision_of(spec)):
             if cached and source is not None:
                 self._ask(trainer, source, steps * trainer.args.gradient_accumulation_steps)
             return profile(trainer, trace=trace)
@@ -138,7 +138,9 @@ class Trial:
             seed=plan.recipe.seed,
             teacher=source,
         )
-        precision = build.precision_of(spec)  # accelerate looks it up in what the last trainer that was made has set
+        precision = arguments.precision_of(
+            spec
+        )  # accelerate looks it up in what the last trainer that was made has set
         trainer.accelerator.autocast = partial(_autocast, self.device, precision)
         return trainer
 
@@ -328,14 +330,14 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[An
 
 def _variants(spec: TrainSpec) -> dict[str, TrainSpec]:
     """Return the settings that may be faster, by how a recipe says them."""
-    now = build.precision_of(spec)
+    now = arguments.precision_of(spec)
     base = {key: value for key, value in dict(spec).items() if key not in HALVES}
     found = {}
     for precision in ("fp32", "medium", "bf16"):
         if precision != now:
             try:
                 changed = TrainSpec(**{**base, "precision": precision})
-                build.precision_of(changed)
+                arguments.precision_of(changed)
             except TrainingError:
                 continue
             found[f"train.precision={precision}"] = changed

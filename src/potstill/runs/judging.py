@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from potstill.errors import PotstillError
 from potstill.evaluation.cost import Speed, bytes_on_disk, parameters, speeds
 from potstill.evaluation.examples import examples, most_different
 from potstill.evaluation.fidelity import agreement, divergence, retention, retention_above_chance
 from potstill.evaluation.metrics import calibrate, compare, estimate, has_classes
 from potstill.evaluation.predict import Predictions, predict
+from potstill.recipe import build
+from potstill.runs.lessons import judged_sources
 from potstill.runs.metrics import Calibration, Estimate, Gain, ModelMetrics, RunMetrics
 from potstill.runs.processes import process_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from potstill.interfaces import BatchDataset, Task, TeacherSource
     from potstill.runs.steps import Run
 
 logger = logging.getLogger("potstill")
@@ -42,10 +46,15 @@ class Judgement:
     run: Run
     table: Dataset
     split: str
+    _asked: dict[str, Predictions] = field(init=False)
     _roles: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        roles: dict[str, str] = dict.fromkeys(self.run.recipe.all_teachers, "teacher")
+        recipe = self.run.recipe
+        saved = [name for name, spec in recipe.all_teachers.items() if spec.task is None and self._is_saved(name)]
+        self._asked = self._ask_elsewhere()
+        names = [name for name in recipe.all_teachers if name in saved or name in self._asked]
+        roles: dict[str, str] = dict.fromkeys(names, "teacher")
         if self.run.folder.is_done(BASELINE):
             roles[BASELINE] = "baseline"
         self._roles = {**roles, STUDENT: "student"}
@@ -53,27 +62,48 @@ class Judgement:
     @cached_property
     def models(self) -> dict[str, nn.Module]:
         """Every saved model, in eval mode."""
-        return {name: self.run.load(name) for name in self._roles}
+        return {name: self.run.load(name) for name in self._roles if name not in self._asked}
 
     @cached_property
     def answers(self) -> dict[str, Predictions]:
         """What each model says of every sample."""
         made: dict[int, Any] = {}
         found = {}
-        for name, model in self.models.items():
+        for name in self._roles:
+            if name in self._asked:
+                found[name] = self._asked[name]
+                continue
             task = self.run.task_of(name)
             if id(task) not in made:
                 made[id(task)] = task.dataset(self.table, training=False, seed=self.run.recipe.seed)
-            logger.info("%s: answering %d samples", name, len(made[id(task)]))
-            found[name] = predict(
-                model,
-                self.run.task,
-                made[id(task)],
-                batch_size=self.run.recipe.evaluate.batch_size,
-                device=process_state().device,
-                bar=name if self.run.bars else None,
-            )
+            found[name] = self._predicted(name, self.models[name], self.run.task, made[id(task)])
         return found
+
+    def _ask_elsewhere(self) -> dict[str, Predictions]:
+        """Return what the teachers say that are no models of the run; those that cannot be asked are noted."""
+        run, found = self.run, {}
+        try:
+            task = build.prepared_for_distillation(run.recipe, run.task, run.processors)
+            dataset = task.dataset(self.table, training=False, seed=run.recipe.seed)
+            for name, source in judged_sources(run, self.table).items():
+                found[name] = self._predicted(name, source, task, dataset)
+        except PotstillError as error:
+            run.note(f"a teacher that is no model of the run could not be judged on the split '{self.split}': {error}")
+        return found
+
+    def _predicted(self, name: str, model: nn.Module | TeacherSource, task: Task, dataset: BatchDataset) -> Predictions:
+        logger.info("%s: answering %d samples", name, len(dataset))
+        return predict(
+            model,
+            task,
+            dataset,
+            batch_size=self.run.recipe.evaluate.batch_size,
+            device=process_state().device,
+            bar=name if self.run.bars else None,
+        )
+
+    def _is_saved(self, name: str) -> bool:
+        return self.run.model_folder(name).is_dir()
 
     def metrics(self) -> RunMetrics:
         """Return the figures, as in ``metrics.json``."""
@@ -113,7 +143,7 @@ class Judgement:
 
     @property
     def _teacher(self) -> str | None:
-        return next(iter(self.run.recipe.all_teachers), None)
+        return next((name for name, role in self._roles.items() if role == "teacher"), None)
 
     def _comparable(self, name: str) -> bool:
         """Whether a model's answers and the student's are probabilities of the same classes."""
@@ -129,12 +159,13 @@ class Judgement:
 
     def _model(self, name: str, speed: Speed | None) -> ModelMetrics:
         folder: Path = self.run.model_folder(name)
+        model = self.models.get(name)
         found = ModelMetrics.model_validate(
             {
                 "role": self._roles[name],
                 "metrics": self._estimates(name),
-                "parameters": parameters(self.models[name]),
-                "bytes": getattr(self.models[name], "size_in_bytes", None) or bytes_on_disk(folder),
+                "parameters": 0 if model is None else parameters(model),
+                "bytes": 0 if model is None else getattr(model, "size_in_bytes", None) or bytes_on_disk(folder),
                 "latency_ms": {} if speed is None else speed.latency_ms,
                 "throughput": None if speed is None else speed.throughput,
                 "calibration": self._calibration(name),

@@ -79,9 +79,11 @@ class _Samples:
     def teacher(self, name: str) -> nn.Module:
         """Return a teacher."""
         if name not in self._teachers:
-            plan, spec = self.plan, self.plan.recipe.all_teachers[name]
+            plan = self.plan
             facts = plan.task_of(name).facts()
-            made = build.make_blueprint(spec).make(facts, seed=plan.recipe.seed, allow_code=plan.allow_code)
+            made = build.teacher_blueprint(plan.recipe, name).make(
+                facts, seed=plan.recipe.seed, allow_code=plan.allow_code
+            )
             self._teachers[name] = Frozen(made.model).awake()
         return self._teachers[name]
 

@@ -69,7 +69,7 @@ class ModelMetrics(_Strict):
     Attributes:
         role: what it is to the run.
         metrics: the task's metrics on the test split, each with a bootstrap interval over the samples.
-        parameters: number of parameters.
+        parameters: number of parameters; 0 of a teacher that is no model of the run, such as a server or an ensemble.
         bytes: size of the weight files; of a classifier of scikit-learn, which has no parameters, of itself as joblib
             keeps it.
         latency_ms: median time of a forward in milliseconds, by batch size (``"1"``, ``"32"``).

@@ -12,6 +12,7 @@ from potstill.interfaces import Task
 from potstill.losses.objective import Objective
 from potstill.models.freezing import freeze
 from potstill.recipe import build
+from potstill.recipe.generations import spread_out
 from potstill.recipe.schema import Recipe
 from potstill.runs.layers import find_layers
 
@@ -26,7 +27,7 @@ class Plan:
     """
 
     def __init__(self, recipe: Recipe, *, allow_code: bool = True, splits: Splits | None = None) -> None:
-        self.recipe = recipe
+        self.recipe = spread_out(recipe)
         self.allow_code = allow_code
         self.given = splits
         self._tasks: list[tuple[Any, Task]] = []
@@ -61,6 +62,20 @@ class Plan:
     def layers(self) -> dict[str, list[tuple[int | str, int | str]]]:
         """By term, the pairs of layers that the recipe leaves to be found."""
         return find_layers(self)
+
+    def seed_of(self, name: str) -> int:
+        """Return the seed of a model: the recipe's, and another for each further teacher, else like ones were equal."""
+        teachers = list(self.recipe.all_teachers)
+        if name not in teachers:
+            return self.recipe.seed
+        own = self.recipe.all_teachers[name].seed
+        return (self.recipe.seed if own is None else own) + 1_000_003 * teachers.index(name)
+
+    def with_recipe(self, recipe: Recipe) -> Plan:
+        """Return another plan for the same data, task and models, such as that of a stage of the training."""
+        other = Plan(recipe, allow_code=self.allow_code, splits=self.splits)
+        other.task, other.processors, other._tasks = self.task, self.processors, self._tasks
+        return other
 
     @property
     def label(self) -> str:

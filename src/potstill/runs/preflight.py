@@ -20,11 +20,16 @@ from potstill.checks.run import run_checks
 from potstill.checks.subject import Feed, Subject
 from potstill.errors import ModelError, PotstillError, TrainingError, did_you_mean
 from potstill.evaluation.cost import parameters
-from potstill.interfaces import Batch, Progress, Task
+from potstill.interfaces import Batch, Progress, Task, TeacherSource
+from potstill.losses.objective import Objective, Term
 from potstill.models.origins import Built, TextProcessor
-from potstill.recipe import build
+from potstill.recipe import arguments, build
+from potstill.recipe.schema import TeacherSpec
+from potstill.registry import schemes
 from potstill.runs.caching import cache_settings
+from potstill.runs.lessons import make_source
 from potstill.runs.plan import Plan
+from potstill.runs.stages import stages_of
 from potstill.teachers.live import Live, Several
 from potstill.teachers.precision import tried_precision
 from potstill.training.arguments import check_balance
@@ -65,6 +70,8 @@ def before_training(run: Plan | Run, *, strict: bool = False) -> list[Finding]:
     setup = _Setup(run)
     _check_caches(run)
     build.check_tokens(run.recipe, run.objective, setup.batch)
+    setup.try_stages()
+    setup.try_sources()
     return _found(setup.subject(_device()), run, strict=strict)
 
 
@@ -92,7 +99,7 @@ def _found(subject: Subject, run: Plan | Run, *, strict: bool, only: Sequence[st
 
 def _check_caches(run: Plan | Run) -> None:
     """Raise before any training if a cache is asked for that cannot be, which else shows after the teacher's."""
-    for name in run.recipe.all_teachers:
+    for name in run.recipe.model_teachers:
         cache_settings(run.recipe, name)
 
 
@@ -117,9 +124,11 @@ class _Setup:
     def teacher(self, name: str) -> Built:
         """Return a teacher: the one that was put here, else a fresh one."""
         if name not in self.models:
-            run, spec = self.run, self.run.recipe.all_teachers[name]
+            run = self.run
             facts = run.task_of(name).facts()
-            made = build.make_blueprint(spec).make(facts, seed=run.recipe.seed, allow_code=run.allow_code)
+            made = build.teacher_blueprint(run.recipe, name).make(
+                facts, seed=run.recipe.seed, allow_code=run.allow_code
+            )
             self.models[name] = made
         return self.models[name]
 
@@ -148,21 +157,56 @@ class _Setup:
         precision = tried_precision(recipe.all_teachers[name].precision)
         return Live(self.teacher(name).model, taps, forward=self.task.forward, prefix=prefix, precision=precision)
 
+    def objective(self) -> Objective:
+        """Return the terms that models of the recipe answer, without those of sources and of layers yet to be made."""
+        return known_terms(self.run)
+
+    def try_stages(self) -> None:
+        """Make the objective of every stage.
+
+        Raises:
+            ObjectiveError: a term cannot be made.
+            TrainingError: a term needs labels, and there are none.
+        """
+        for stage in stages_of(self.run) if self.run.recipe.stages else []:
+            _ = stage.plan.objective
+
+    def try_sources(self) -> None:
+        """Ask each teacher that is no model of the recipe about a few samples.
+
+        Raises:
+            PotstillError: it cannot be made, or does not answer as it should.
+        """
+        run, few = self.run, rows(self.batch, 0, _TRIED)
+        made: dict[str, TeacherSource] = {}
+        for name, spec in run.recipe.all_teachers.items():
+            if spec.source is None:
+                made[name] = self.source(name)
+                continue
+            read = build.signals_of(run.recipe, [run.make_objective()], name)
+            made[name] = make_source(run, name, made, read, student=self.student, table=run.splits.taught_on)
+            said = made[name](dict(few)).get("logits")
+            classes = len(run.task.label_names)
+            if said is not None and classes and said.shape[-1] != classes:
+                raise TrainingError(
+                    f"the teacher '{name}' answers with {said.shape[-1]} classes, and the task has {classes}"
+                )
+
     def subject(self, device: torch.device) -> Subject:
         """Return what the checks examine, on a device."""
-        run, recipe = self.run, self.run.recipe
+        run = self.run
         tables = _tables(run)
         inputs = _inputs(run.task, run.splits.train)
         text = getattr(run.task, "text", None)
         return Subject(
             self.student.to(device),
-            run.make_objective().to(device),
+            self.objective().to(device),
             _placed(self.batch, device),
-            teachers={name: self.source(name).to(device) for name in recipe.all_teachers},
+            teachers={name: self.source(name).to(device) for name in self.judged},
             forward=self.task.forward,
             answers=self.task.answers,
             judged=_placed(self._judged(), device),
-            trained=frozenset(name for name in recipe.all_teachers if self._knows(name)),
+            trained=frozenset(name for name in self.judged if self._knows(name)),
             tables=tables,
             label=self.run.label,
             unlabelled=-1,
@@ -174,7 +218,13 @@ class _Setup:
 
     def _knows(self, name: str) -> bool:
         spec = self.run.recipe.all_teachers[name]
-        return not spec.learns_here and not build.is_random(spec) and not self.teacher(name).fresh
+        learns = spec.learns_here or spec.joint is not None
+        return not learns and not build.is_random(spec) and not self.teacher(name).fresh
+
+    @property
+    def judged(self) -> list[str]:
+        """The teachers that are models and know the classes of the task, by name."""
+        return [name for name, spec in self.run.recipe.model_teachers.items() if spec.task is None]
 
     def _judged(self) -> Batch:
         train, validation = self.run.splits.train, self.run.splits.validation
@@ -202,7 +252,9 @@ class _Setup:
         for name, processor in run.processors.items():
             spec = recipe.student if name == "student" else recipe.all_teachers[name]
             seen = processor if isinstance(processor, TextProcessor) else getattr(run.task_of(name), "own", None)
-            learns = name == "student" or recipe.all_teachers[name].train is not None
+            if name != "student" and name not in recipe.model_teachers:
+                continue
+            learns = name == "student" or _is_trained(recipe.all_teachers[name])
             if spec.pretrained:
                 found[name] = Feed(seen, own[name], learns=learns)
         return found
@@ -222,25 +274,31 @@ def _models(setup: _Setup) -> Iterator[str]:
     _ = run.objective, run.processors  # what is wrong with them comes before any model is built
     yield f"student: {build.student_name(recipe)}, {parameters(setup.student):,} parameters"
     for name, spec in recipe.all_teachers.items():
+        if spec.source is not None:
+            yield f"{name}: {build.model_name(recipe, spec)}"
+            continue
         built = setup.teacher(name)
-        if spec.train is None and spec.labels is None:
+        if not _is_trained(spec) and spec.labels is None:
             setup.task.check_labels(built.labels, f"the teacher '{name}'")
         weights = ", random weights" if build.is_random(spec) else ""
         if built.fresh:
             weights = f", new weights: {', '.join(built.fresh[:4])}{', …' if len(built.fresh) > 4 else ''}"
-        if weights and spec.train is None:
+        if weights and not _is_trained(spec):
             weights += "; it teaches noise, say `train:`"
-        yield f"{name}: {spec.model}, {parameters(built.model):,} parameters{weights}"
+        yield f"{name}: {build.model_name(recipe, spec)}, {parameters(built.model):,} parameters{weights}"
 
 
 def _tried(setup: _Setup) -> Iterator[str]:
     """Compute every term on a few samples, and make the settings of every training."""
     run, task = setup.run, setup.task
     batch = rows(setup.batch, 0, _TRIED)
-    objective = run.make_objective()
+    objective = setup.objective()
     build.check_tokens(run.recipe, objective, batch)
-    teachers = {name: setup.source(name) for name in run.recipe.all_teachers}
-    source = Several(teachers) if len(teachers) > 1 else next(iter(teachers.values()), None)
+    setup.try_stages()
+    setup.try_sources()
+    teachers = {name: setup.source(name) for name in setup.judged}
+    alone = len(run.recipe.all_teachers) == 1
+    source = Several(teachers) if not alone and teachers else next(iter(teachers.values()), None)
     parts: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         module = DistillationModule(setup.student, objective, forward=task.forward)
@@ -250,7 +308,9 @@ def _tried(setup: _Setup) -> Iterator[str]:
         except (ValueError, RuntimeError, IndexError) as error:
             raise ModelError(f"a model cannot take what the task gives it: {error}") from error
         module.materialize(signals, batch)
-        for step in (999, 0):  # late too, for a ramp may begin at 0, where a term is not computed
+        for step in (
+            (999, 0) if objective.active() else ()
+        ):  # late too, for a ramp may begin at 0, where a term is not computed
             parts |= module(signals, progress=Progress(step, 1000), **batch).parts
     answers = task.answers(said["logits"].detach().numpy())
     metrics = task.metrics(answers, batch["labels"].numpy()) if "labels" in batch else {}
@@ -264,15 +324,18 @@ def _check_training(setup: _Setup, models: Mapping[str, nn.Module], metrics: Seq
     """Make the settings of every training, so that what cannot be shows now and not after hours."""
     recipe, validation = setup.run.recipe, setup.run.splits.validation
     evaluates = validation is not None and setup.run.label in validation.column_names
-    trained = {"student": recipe.train, **{name: spec.train for name, spec in recipe.all_teachers.items()}}
+    trained = {"student": recipe.train, **{name: spec.train for name, spec in recipe.model_teachers.items()}}
+    for stage in stages_of(setup.run) if recipe.stages else []:
+        trained[f"stage {stage.name}"] = stage.plan.recipe.train
+        models = {**models, f"stage {stage.name}": models["student"]}
     if recipe.baseline.enabled:
         trained["baseline"] = recipe.baseline_train
         models = {**models, "baseline": models["student"]}
     for name, spec in trained.items():
         if spec is not None:
-            build.apply_dropout(models[name], spec.dropout)
+            arguments.apply_dropout(models[name], spec.dropout)
             where = Path(tempfile.gettempdir()) / "potstill"
-            made = build.make_training(spec, folder=where, seed=0, bars=False, evaluates=evaluates, allow_code=True)
+            made = arguments.make_training(spec, folder=where, seed=0, bars=False, evaluates=evaluates, allow_code=True)
             if name == "student":
                 check_balance(made.arguments, setup.run.objective)
             wanted = (made.arguments.metric_for_best_model or "loss").removeprefix("eval_")
@@ -280,6 +343,34 @@ def _check_training(setup: _Setup, models: Mapping[str, nn.Module], metrics: Seq
                 raise TrainingError(
                     f"{name}: no evaluation gives the metric '{wanted}'; {did_you_mean(wanted, metrics)}"
                 )
+
+
+def known_terms(run: Plan | Run) -> Objective:
+    """Return the terms of a run's objective that its models can answer before the training; a fresh objective.
+
+    Left out are those that read a source, the learner itself, or layers that a scheme has yet to make.
+    """
+    recipe, objective = run.recipe, run.make_objective()
+    made = tuple(schemes.facts(recipe.scheme.name).get("makes", ()))
+    alone = len(recipe.all_teachers) == 1
+
+    def known(term: Term) -> bool:
+        owners = {
+            name if alone else signal.partition("/")[0] for signal in term.teacher for name in recipe.all_teachers
+        }
+        of_models = owners <= {name for name, spec in recipe.model_teachers.items() if spec.task is None}
+        own = any(signal.startswith("self/") for signal in term.teacher)
+        return (term.hard or (of_models and not own)) and not any(signal.startswith(made) for signal in term.student)
+
+    terms = {name: term for name, term in objective.named_terms() if known(term)}
+    left = terms or {"none": Term("cross_entropy", weight=0.0)}
+    balance = None if recipe.balance is None or len(left) < 2 else recipe.balance.model_dump()
+    return Objective(left, response_mask=objective.response_mask, balance=balance)
+
+
+def _is_trained(spec: TeacherSpec) -> bool:
+    """Whether a teacher learns in the run, before the student or with it."""
+    return spec.train is not None or spec.joint is not None
 
 
 def _tables(run: Plan | Run) -> dict[str, Dataset]:

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -18,26 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from torch import nn
-from transformers import TrainerCallback
 
 from potstill._version import __version__
 from potstill.checks.findings import Finding, checks, refuse
 from potstill.data.load import Splits
-from potstill.errors import PotstillError, RunError, TrainingError, did_you_mean
-from potstill.interfaces import Progress, TeacherSource
+from potstill.errors import PotstillError, RunError, did_you_mean
+from potstill.interfaces import Scheme, TeacherSource
 from potstill.losses.objective import Objective
 from potstill.models.freezing import freeze
 from potstill.models.load import Blueprint, load_model, save_model
-from potstill.models.origins import Built
-from potstill.recipe import build
+from potstill.recipe import arguments, build
 from potstill.recipe.load import load_recipe
-from potstill.recipe.schema import Recipe, TeacherSpec, TrainSpec
-from potstill.registry import schemes
+from potstill.recipe.schema import Recipe, TrainSpec
 from potstill.runs.cache import Cache, content_hash, table_hash
-from potstill.runs.caching import close_caches, teacher_source
+from potstill.runs.distilling import distil, train_baseline
 from potstill.runs.folder import RunFolder, write_json
 from potstill.runs.judging import Judgement
 from potstill.runs.layers import kept_layers
@@ -46,9 +42,10 @@ from potstill.runs.plan import Plan
 from potstill.runs.preflight import after_teachers, before_training
 from potstill.runs.processes import process_state
 from potstill.runs.teachers import choose_forms, live_teacher
-from potstill.runs.training import baseline_settings, fit_teacher, make_trainer
+from potstill.runs.teaching import teach
+from potstill.runs.training import baseline_settings, make_trainer
+from potstill.schemes.lesson import Learner
 from potstill.teachers.live import Live
-from potstill.training.callbacks import FollowScheme
 from potstill.training.checkpoints import latest_checkpoint
 from potstill.training.precision import matrix_products
 
@@ -103,8 +100,8 @@ class Run(Plan):
                 return self.metrics()
             self._teachers_steps()
             if self._has_baseline:
-                self._step("baseline", self._baseline)
-            self._step("distilled", self._distill)
+                self._step("baseline", partial(train_baseline, self))
+            self._step("distilled", partial(distil, self))
             self._step("evaluate", self._evaluate)
             self._step("report", self._report)
             process_state().wait_for_everyone()
@@ -114,8 +111,9 @@ class Run(Plan):
         self._step("preflight", self._preflight)
         for name, spec in self.recipe.all_teachers.items():
             if build.is_random(spec):
-                self._note(f"the teacher '{name}' is neither trained nor given weights: it teaches noise")
-            self._step(name, partial(self._teach, name))
+                self.note(f"the teacher '{name}' is neither trained nor given weights: it teaches noise")
+            if spec.source is None and spec.joint is None:
+                self._step(name, partial(teach, self, name))
         if self.recipe.all_teachers:
             self._step("teachers", self._check_teachers)
 
@@ -173,30 +171,22 @@ class Run(Plan):
     @property
     def _has_baseline(self) -> bool:
         if self.recipe.baseline.enabled and self.label not in self.splits.train.column_names:
-            self._note("no baseline: the training split has no labels to train one on")
+            self.note("no baseline: the training split has no labels to train one on")
             return False
         if self.recipe.baseline.enabled and self.splits.transfer is not None:
             usual, steps = (
                 spec.options.get("max_steps") for spec in (self.recipe.baseline_train, self._baseline_train)
             )
             many = "" if steps == usual else f" for {steps:,} steps, as many as the student"
-            self._note(f"the baseline is trained on the {len(self.splits.train):,} labelled rows{many}")
+            self.note(f"the baseline is trained on the {len(self.splits.train):,} labelled rows{many}")
         changes = _changes(self.recipe.train, self.recipe.baseline_train)
         if self.recipe.baseline.enabled and changes:
-            self._note(f"the baseline is trained by settings of its own: {changes}")
+            self.note(f"the baseline is trained by settings of its own: {changes}")
         return self.recipe.baseline.enabled
 
     @property
     def _baseline_train(self) -> TrainSpec:
         return baseline_settings(self, process_state().num_processes)
-
-    def _seed(self, name: str) -> int:
-        """Return the seed of a model: the recipe's, and another for each further teacher, else like ones were equal."""
-        teachers = list(self.recipe.all_teachers)
-        if name not in teachers:
-            return self.recipe.seed
-        own = self.recipe.all_teachers[name].seed
-        return (self.recipe.seed if own is None else own) + 1_000_003 * teachers.index(name)
 
     def model_folder(self, name: str) -> Path:
         """Return where the model of that name is saved."""
@@ -204,12 +194,17 @@ class Run(Plan):
 
     def student(self) -> nn.Module:
         """Return a fresh student; the same weights each time, for baseline and distilled student alike."""
+        return self.student_of(self.recipe)
+
+    def student_of(self, recipe: Recipe) -> nn.Module:
+        """Return a fresh student as a recipe has it, that of a stage: what is frozen may differ."""
         facts = self.task_of("student").facts()
-        model = self._student.build(facts, seed=self.recipe.seed, allow_code=self.allow_code)
-        return freeze(model, self.recipe.student.freeze)
+        model = self.student_blueprint.build(facts, seed=self.recipe.seed, allow_code=self.allow_code)
+        return freeze(model, recipe.student.freeze)
 
     @property
-    def _student(self) -> Blueprint:
+    def student_blueprint(self) -> Blueprint:
+        """How the student is built."""
         return build.student_blueprint(self.recipe, self.model_folder)
 
     def load(self, name: str) -> nn.Module:
@@ -238,7 +233,7 @@ class Run(Plan):
         refuse(findings)
         for finding in findings:
             if finding.level == "warning":
-                self._note(f"preflight: {finding}")
+                self.note(f"preflight: {finding}")
         if process_state().is_main_process:
             found = [asdict(finding) for finding in findings]
             write_json(self.folder / "preflight.json", {**self._findings(), step: found})
@@ -253,74 +248,9 @@ class Run(Plan):
         found = [Finding(**each) for step in self._findings().values() for each in step]
         return [f"preflight: {finding}" for finding in found if finding.level == "warning"]
 
-    def _teach(self, name: str) -> None:
-        """Train a teacher that is to be trained, or take it from the cache; save it."""
-        spec = self.recipe.all_teachers[name]
-        target = self.model_folder(name)
-        key = self._teacher_key(name)
-        if spec.train is not None and self._fetched(name, key):
-            return
-        blueprint = build.make_blueprint(spec)
-        built = blueprint.make(self.task_of(name).facts(), seed=self._seed(name), allow_code=self.allow_code)
-        model = built.model
-        if spec.train is None:
-            self._check_trained(name, spec, built)
-        else:
-            if self.label not in self.splits.train.column_names:
-                raise TrainingError(
-                    f"the training split has no labels to train the teacher '{name}' on; give `weights`"
-                )
-            self._train(name, model, spec.train, build.supervised_objective(self.task))
-        if process_state().is_main_process and (rows := fit_teacher(self, name, model)):
-            self._event("fitted", step=name, rows=rows)
-        self._save(name, model, blueprint)
-        if spec.train is not None and process_state().is_main_process:
-            self.cache.store("teachers", key, target)
-
-    def _fetched(self, name: str, key: str) -> bool:
-        """Copy a trained teacher from the cache; every process learns whether there was one."""
-        state, target = process_state(), self.model_folder(name)
-        if state.is_main_process and not target.is_dir() and self.cache.fetch("teachers", key, target):
-            self._event("reused", step=name, key=key)
-            logger.info("%s: reused from the cache (%s)", name, key)
-        state.wait_for_everyone()
-        return target.is_dir()
-
-    def _check_trained(self, name: str, spec: TeacherSpec, built: Built) -> None:
-        """Raise if a teacher knows other classes, or these in another order; say so if its head knows nothing."""
-        if spec.labels is None:
-            self.task.check_labels(built.labels, f"the teacher '{name}'")
-        if built.fresh:
-            new = ", ".join(built.fresh[:3]) + (", …" if len(built.fresh) > 3 else "")
-            self._note(
-                f"the teacher '{name}' has no trained head for this task ({new}): say `train:` or it teaches noise"
-            )
-
-    def _baseline(self) -> None:
-        """Train the student without a teacher."""
-        model = self.student()
-        self._train("baseline", model, self._baseline_train, self.objective.hard_only())
-        self._save("baseline", model, self._student)
-
-    def _distill(self) -> None:
-        """Train the student with its teachers, as the scheme has it."""
-        teachers = {name: teacher_source(self, name) for name in self.recipe.all_teachers}
-        scheme = schemes.get(self.recipe.scheme.name, allow_code=self.allow_code)(**self.recipe.scheme.options)
-        scheme.setup(self.student(), teachers)
-        model = scheme.learners()["student"]
-        source = scheme.sources(Progress()).get("teacher")
-        follow = FollowScheme(scheme)
-        try:
-            self._train("distilled", model, self.recipe.train, self.objective, teacher=source, callbacks=[follow])
-        except BaseException:
-            close_caches(None, teachers)
-            raise
-        close_caches(self, teachers)
-        self._save("distilled", model, self._student)
-
-    def live_teacher(self, name: str) -> Live:
-        """Return a saved teacher that answers as the recipe has it."""
-        return live_teacher(self, name)
+    def live_teacher(self, name: str, taps: Sequence[str] | None = None) -> Live:
+        """Return a saved teacher that answers as the recipe has it; see :func:`potstill.runs.teachers.live_teacher`."""
+        return live_teacher(self, name, taps)
 
     def evaluate(self, split: str = "test") -> RunMetrics:
         """Judge the saved models on a split and return the figures; nothing is written.
@@ -356,33 +286,47 @@ class Run(Plan):
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def _train(
+    def train(
         self,
         name: str,
         model: nn.Module,
         spec: TrainSpec,
         objective: Objective,
         *,
-        teacher: TeacherSource | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        plan: Plan | None = None,
+        teachers: Mapping[str, TeacherSource] | None = None,
+        learners: Mapping[str, Learner] | None = None,
+        scheme: Scheme | None = None,
     ) -> None:
-        """Train a model on the training split; goes on from the last whole checkpoint."""
+        """Train a model on the training split; goes on from the last whole checkpoint.
+
+        Args:
+            name: ``baseline``, ``distilled`` or a teacher's name, with that of a stage after a slash.
+            model: what is trained.
+            spec: how.
+            objective: what it minimises.
+            plan: the recipe of a stage; the run's if omitted.
+            teachers: who teaches, by name; nobody for an objective of hard terms alone.
+            learners: who learns at the same time, by name.
+            scheme: who teaches whom.
+        """
         checkpoints = self.folder / f"checkpoints/{name}"
         trainer = make_trainer(
-            self,
+            plan or self,
             name,
             model,
             spec,
             objective,
             folder=checkpoints,
-            seed=self._seed(name),
-            teacher=teacher,
-            callbacks=callbacks,
+            seed=self.seed_of(name.partition("/")[0]),
+            teacher=teachers,
+            learners=learners,
+            scheme=scheme,
             bars=self.bars,
         )
         resume = latest_checkpoint(checkpoints.absolute())
-        precision = build.precision_of(spec)
-        self._event("training", step=name, resumed_from=None if resume is None else resume.name, precision=precision)
+        precision = arguments.precision_of(spec)
+        self.event("training", step=name, resumed_from=None if resume is None else resume.name, precision=precision)
         going_on = "" if resume is None else f", going on from {resume.name}"
         logger.info("%s: training in %s%s", name, precision, going_on)
         with matrix_products(precision):
@@ -390,7 +334,7 @@ class Run(Plan):
         if process_state().is_main_process:
             write_json(self.folder / f"history/{name}.json", trainer.state.log_history)
 
-    def _save(self, name: str, model: nn.Module, blueprint: Blueprint) -> None:
+    def save(self, name: str, model: nn.Module, blueprint: Blueprint) -> None:
         """Save a model with all that inference needs, whole or not at all."""
         if not process_state().is_main_process:
             return
@@ -407,21 +351,6 @@ class Run(Plan):
         how = blueprint.card(task.facts(), allow_code=self.allow_code)
         return {"potstill": __version__, "task": self.recipe.task.name, "settings": task.settings(), **how}
 
-    def _teacher_key(self, name: str) -> str:
-        """Everything that the trained teacher depends on."""
-        spec = self.recipe.all_teachers[name]
-        validation = self.splits.validation
-        data = [self.train_hash, *([] if validation is None else [table_hash(validation)])]
-        own = spec.model_dump(mode="json", exclude={"model", "weights", "seed", "cache", "precision", "compile"})
-        about = {
-            "teacher": {**own, "model": build.fingerprint(spec)},
-            "task": self.task_of(name).settings(),
-            "data": data,
-            "augment": self.recipe.data.model_dump(mode="json")["augment"],
-            "seed": self._seed(name),
-        }
-        return content_hash({**about, "potstill": __version__, "torch": torch.__version__})
-
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
     def _step(self, name: str, work: Callable[[], None]) -> None:
@@ -432,21 +361,24 @@ class Run(Plan):
             if state.is_main_process:
                 self.folder.clear(f"checkpoints/{name}")  # of a run that was killed before it could
             return
-        self._event("begin", step=name)
+        self.event("begin", step=name)
         if name not in _ONCE or state.is_main_process:
             work()
         state.wait_for_everyone()
         if state.is_main_process:
             self.folder.mark_done(name)
-            self._event("done", step=name)
+            self.event("done", step=name)
             self.folder.clear(f"checkpoints/{name}")
+            self.folder.clear(f"stages/{name}")
         state.wait_for_everyone()
 
-    def _event(self, event: str, **about: Any) -> None:
+    def event(self, event: str, **about: Any) -> None:
+        """Note in ``events.jsonl`` what happened, once for all processes."""
         if process_state().is_main_process:
             self.folder.event(event, **about)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Warn of what a reader of the figures should know, and keep it for the report."""
         if text not in self.notes:
             self.notes.append(text)
             logger.warning(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from potstill.interfaces import Batch
@@ -26,16 +27,22 @@ _BATCHES = 4
 _SAMPLES = 128
 
 
-def live_teacher(run: Run, name: str) -> Live:
+def live_teacher(run: Run, name: str, taps: Sequence[str] | None = None) -> Live:
     """Return a saved teacher of a run that answers as the recipe has it.
+
+    Args:
+        run: with the saved teacher.
+        name: the teacher's.
+        taps: signals to capture beside its responses; those that the student's terms read if omitted.
 
     Raises:
         TrainingError: fp16 on a CPU.
         ComponentError: int8 without torchao.
     """
-    taps, prefix = build.teacher_taps(run.recipe, run.objective, name), build.teacher_prefix(run.recipe, name)
+    wanted = build.teacher_taps(run.recipe, run.objective, name) if taps is None else taps
+    prefix = build.teacher_prefix(run.recipe, name)
     precision, compiled = form_of(run, name)
-    return Live(run.load(name), taps, forward=run.task.forward, prefix=prefix, precision=precision, compile=compiled)
+    return Live(run.load(name), wanted, forward=run.task.forward, prefix=prefix, precision=precision, compile=compiled)
 
 
 def form_of(run: Run, name: str) -> tuple[Precision | None, bool]:
@@ -56,7 +63,7 @@ def choose_forms(run: Run) -> None:
     state = process_state()
     state.wait_for_everyone()  # or one would read what another has just written, and wait alone
     known = _chosen(run)
-    open_ = [name for name, spec in run.recipe.all_teachers.items() if spec.precision == "auto" and name not in known]
+    open_ = [name for name, spec in run.recipe.model_teachers.items() if spec.precision == "auto" and name not in known]
     if not open_:
         return
     if state.is_main_process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
 from potstill.data.batching import batches
 from potstill.errors import ModelError, TrainingError
-from potstill.interfaces import Task, TeacherSource
+from potstill.interfaces import Scheme, Task, TeacherSource
 from potstill.losses.objective import Objective
 from potstill.models.inputs import MAIN_INPUTS
 from potstill.models.sklearn_models import SklearnModel
-from potstill.recipe import build
+from potstill.recipe import arguments, build
 from potstill.recipe.schema import TrainSpec
 from potstill.runs.plan import Plan
+from potstill.schemes.lesson import Learner
 from potstill.training.callbacks import LogLines
 from potstill.training.trainer import DistillationTrainer, ready_batch
 
@@ -34,7 +35,9 @@ def make_trainer(
     *,
     folder: Path,
     seed: int,
-    teacher: TeacherSource | None = None,
+    teacher: TeacherSource | Mapping[str, TeacherSource] | None = None,
+    learners: Mapping[str, Learner] | None = None,
+    scheme: Scheme | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     bars: bool = False,
 ) -> DistillationTrainer:
@@ -42,13 +45,15 @@ def make_trainer(
 
     Args:
         plan: what the recipe means.
-        name: ``baseline``, ``distilled`` or a teacher's name.
+        name: ``baseline``, ``distilled`` or a teacher's name, with that of a stage after a slash.
         model: what is trained.
         spec: how.
         objective: what it minimises.
         folder: where checkpoints go.
         seed: of shuffling, dropout and views.
-        teacher: who teaches; ``None`` for an objective of hard terms alone.
+        teacher: who teaches, several by name; ``None`` for an objective of hard terms alone.
+        learners: who learns at the same time, by name.
+        scheme: who teaches whom.
         callbacks: beside those of ``spec``.
         bars: whether to show progress bars.
 
@@ -56,9 +61,9 @@ def make_trainer(
         TrainingError: settings that cannot be.
         ObjectiveError: terms compare tokens of different tokenizers.
     """
-    build.apply_dropout(model, spec.dropout)
+    arguments.apply_dropout(model, spec.dropout)
     validation = plan.splits.validation
-    setup = build.make_training(
+    setup = arguments.make_training(
         spec,
         folder=folder.absolute(),  # Trainer notes where the best checkpoint is
         seed=seed,
@@ -68,7 +73,8 @@ def make_trainer(
     )
     task, table = plan.task_of(name), plan.splits.train
     if teacher is not None:
-        task = build.prepared_for_distillation(plan.recipe, plan.task, plan.processors)
+        learner = name if name in plan.recipe.all_teachers else "student"
+        task = build.prepared_for_distillation(plan.recipe, plan.task, plan.processors, learner)
         table = plan.splits.taught_on
     train = build.training_set(plan.recipe, task, spec, table, seed)
     build.check_tokens(plan.recipe, objective, train.__getitems__([0]))
@@ -76,6 +82,8 @@ def make_trainer(
         model=model,
         teacher=teacher,
         objective=objective,
+        learners=learners,
+        scheme=scheme,
         forward=task.forward,
         args=setup.arguments,
         train_dataset=train,

@@ -10,6 +10,9 @@ from potstill.schemes.lesson import Lesson
 class Offline:
     """Every learner minimises the objective that it was given. See :class:`potstill.interfaces.Scheme`."""
 
+    def __init__(self) -> None:
+        """Take no options."""
+
     def arrange(self, lesson: Lesson) -> Lesson:
         """Return the lesson as it is."""
         return lesson

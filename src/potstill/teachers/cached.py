@@ -315,6 +315,13 @@ def uncached(source: Any) -> Any:
     return source
 
 
+def unmask(source: Any, signals: Collection[str]) -> None:
+    """Tell every cache of a source which signals are compared at padded places too."""
+    for each in source.teachers.values() if isinstance(source, Several) else [source]:
+        if isinstance(each, Cached):
+            each.unmasked |= set(signals)
+
+
 def weights_hash(model: nn.Module) -> str:
     """Return a hash of a model's class, configuration, weights, buffers and plain attributes: 32 hexadecimal digits."""
     digest = hashlib.blake2b(f"{type(model).__qualname__} {getattr(model, 'config', model)}".encode(), digest_size=16)

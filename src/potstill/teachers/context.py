@@ -27,6 +27,7 @@ class SourceContext:
         taps: signals that are read beside the responses.
         forward: ``(model, batch) -> responses``: a task's.
         prefix: what the names of its own entries in a batch begin with.
+        seed: of what a source draws.
     """
 
     name: str
@@ -38,3 +39,4 @@ class SourceContext:
     taps: Sequence[str] = ()
     forward: Callable[[nn.Module, Batch], Signals] = respond
     prefix: str = TEACHER_PREFIX
+    seed: int = 0

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from potstill.interfaces import Batch, Signals, TeacherSource, detach
+from potstill.interfaces import Batch, Progress, Signals, TeacherSource, detach
 from potstill.knowledge.capture import capture
 from potstill.models.frozen import Frozen
 from potstill.models.inputs import TEACHER_PREFIX, respond, teacher_view
@@ -162,6 +162,27 @@ class Several:
             if own is None or own:
                 self._asked[name] = teacher
                 _narrow(teacher, own)
+
+    def after_step(self, progress: Progress) -> None:
+        """Let every teacher that changes do so."""
+        for teacher in self.teachers.values():
+            act: Any = getattr(teacher, "after_step", None)
+            if act is not None:
+                act(progress)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what those with a state hold, under their names."""
+        states = {name: t.state_dict() for name, t in self._stateful().items()}
+        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        for name, teacher in self._stateful().items():
+            own = {key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{name}/")}
+            teacher.load_state_dict(own)
+
+    def _stateful(self) -> dict[str, Any]:
+        return {name: teacher for name, teacher in self.teachers.items() if hasattr(teacher, "state_dict")}
 
     def to(self, device: torch.device | str) -> Several:
         """Move every teacher that can move and return them."""

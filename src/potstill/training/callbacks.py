@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 
 from potstill.errors import TrainingError
-from potstill.interfaces import Scheme
 from potstill.registry import callbacks
 from potstill.teachers.cached import uncached
 
@@ -134,28 +133,21 @@ class MaxNorm(TrainerCallback):  # type: ignore[misc]
                     module.weight.renorm_(2, 0, self.bound)
 
 
-class FollowScheme(TrainerCallback):  # type: ignore[misc]
-    """Ask a scheme before every step who teaches, and tell it after every step how far the training is.
+class AfterStep(TrainerCallback):  # type: ignore[misc]
+    """Let a teacher that changes do so after every optimizer step, such as a moving average of the student.
 
     Args:
-        scheme: see :class:`potstill.interfaces.Scheme`.
+        trainer: whose teacher.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
-        self._trainer: Any = None
-
-    def bind(self, trainer: Any) -> None:
-        """Take the trainer, whose teacher the scheme chooses."""
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the source that is active now teach."""
-        self._trainer.teacher = self.scheme.sources(self._trainer.progress).get("teacher")
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the scheme act, such as by updating a moving average."""
-        self.scheme.after_step(self._trainer.progress)
+        """Tell the teacher how far the training is."""
+        act: Any = getattr(self._trainer.teacher, "after_step", None)
+        if act is not None:
+            act(self._trainer.progress)
 
 
 class LogLines(TrainerCallback):  # type: ignore[misc]

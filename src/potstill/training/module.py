@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from potstill.interfaces import IGNORED, Batch, Progress, Signals
 from potstill.knowledge.capture import capture
 from potstill.losses.objective import Objective, default_objective
 from potstill.models.inputs import accepted_inputs, call, respond
+from potstill.schemes.lesson import SELF, STUDENT, Extension
+
+_OWN = f"{SELF}/"
 
 
 @dataclass
@@ -43,6 +47,9 @@ class DistillationModule(nn.Module):
         forward: ``(model, batch) -> responses``, e.g. a task's; by default the student gets the entries of the batch
             that its forward accepts.
         responses: names that come from the student's output; every other signal of the objective is tapped.
+        extension: layers that the student has only while it learns, such as exits.
+
+    A term may read ``self/SIGNAL`` as its teacher: what the student itself says, cut from its graph.
 
     Example:
         >>> student = nn.Linear(4, 3)
@@ -59,11 +66,13 @@ class DistillationModule(nn.Module):
         *,
         forward: Callable[[nn.Module, Batch], Signals] | None = None,
         responses: tuple[str, ...] = ("logits",),
+        extension: Extension | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.objective = objective or default_objective()
         self.responses = responses
+        self.extension = extension
         self._respond = forward or respond
         accepted_inputs(student)  # looked up once, before a compiler traces the forward
 
@@ -83,19 +92,47 @@ class DistillationModule(nn.Module):
         """Every signal of the student that is read beside its responses."""
         return self._taps(None)
 
-    def _taps(self, progress: Progress | None) -> list[str]:
-        return [name for name in self.objective.taps("student", progress) if name not in self.responses]
+    def taught(self, progress: Progress | None = None) -> list[str]:
+        """Return the signals that terms read from teachers: not from the student itself."""
+        return [name for name in self.objective.taps("teacher", progress) if not name.startswith(_OWN)]
 
-    def signals(self, batch: Batch, progress: Progress | None = None) -> Signals:
-        """Return what the student says about a batch: its responses and the tapped signals.
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return each term's number of valid positions; see :meth:`Objective.counts`."""
+        return self.objective.counts(batch)
+
+    def _own(self, progress: Progress | None) -> list[str]:
+        """Return the signals that the student teaches itself."""
+        read = self.objective.taps("teacher", progress)
+        return [name.removeprefix(_OWN) for name in read if name.startswith(_OWN)]
+
+    def _taps(self, progress: Progress | None, also: Collection[str] = ()) -> list[str]:
+        wanted = [*self.objective.taps("student", progress), *self._own(progress), *also]
+        extension = self.extension
+        if extension is not None:
+            wanted = [*(name for name in wanted if not extension.makes(name)), *extension.taps()]
+        return [name for name in dict.fromkeys(wanted) if name not in self.responses]
+
+    def signals(self, batch: Batch, progress: Progress | None = None, also: Collection[str] = ()) -> Signals:
+        """Return what the student says about a batch: its responses, the tapped signals, those of its extension.
 
         Args:
             batch: the inputs.
             progress: the signals of terms whose weight is not 0 at this point of the training; of all if omitted.
+            also: signals that others read.
         """
-        with capture(self.student, self._taps(progress)) as tapped:
+        extension = self.extension if self.student.training else None
+        held = nullcontext() if extension is None else extension.around(self.student, batch, progress or Progress())
+        taps = self._taps(progress, also)
+        with held, capture(self.student, taps) as tapped:
             answered = self._respond(self.student, batch)
-        return {**answered, **tapped}
+        said = {**answered, **tapped}
+        if self.extension is None or self._is_pending:
+            return said
+        return {**said, **self.extension(said, batch)}
+
+    @property
+    def _is_pending(self) -> bool:
+        return self.extension is not None and self.extension.pending
 
     def forward(
         self,
@@ -134,22 +171,58 @@ class DistillationModule(nn.Module):
         counts: Mapping[str, Tensor] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         shared = self.student.parameters() if self.objective.balance is not None else None
-        output = self.objective(said, teacher, batch, progress, counts, shared)
+        heard = {**teacher, **self.own_signals(said, progress)}
+        output = self.objective(said, heard, batch, progress, counts, shared)
         return output.total, output.parts
+
+    @property
+    def learners(self) -> dict[str, DistillationModule]:
+        """Every learner by name: the student."""
+        return {STUDENT: self}
+
+    @property
+    def pending(self) -> bool:
+        """Whether projectors, losses or exits wait for :meth:`materialize`."""
+        return self.waits
+
+    @property
+    def waits(self) -> bool:
+        """Whether layers of this learner wait for :meth:`materialize`."""
+        return bool(self._is_pending or self.objective.pending_projectors())
 
     @torch.no_grad()
     def materialize(self, teacher: Signals, batch: Batch) -> None:
-        """Make the projectors that the objective asks for by name, by one dry run of the student on ``batch``."""
+        """Make the layers whose sizes depend on signals, by one dry run of the student on ``batch``."""
+        if not self.pending:
+            return
+        self.materialize_extension(batch)
+        said = self.dry_run(batch)
+        self.fit(said, {**teacher, **self.own_signals(said)})
+
+    def own_signals(self, said: Signals, progress: Progress | None = None) -> Signals:
+        """Return what the student teaches itself, as ``self/SIGNAL``."""
+        return {f"{_OWN}{name}": said[name] for name in self._own(progress)}
+
+    @torch.no_grad()
+    def dry_run(self, batch: Batch, also: Collection[str] = ()) -> Signals:
+        """Return what the student says in eval mode."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self.signals(batch, also=also) if also else self.signals(batch)
+        finally:
+            self.train(was_training)
+
+    def materialize_extension(self, batch: Batch) -> None:
+        """Make the layers of the extension, by a dry run on ``batch``; nothing if there are none to make."""
+        if self.extension is not None and self.extension.pending:
+            self.extension.materialize(self.dry_run(batch))
+
+    def fit(self, said: Signals, teacher: Signals) -> None:
+        """Make the projectors that the objective asks for by name, for signals of these shapes."""
         from potstill.knowledge.alignment import make_projector
 
-        if not self.objective.pending_projectors():
-            return
-        was_training = self.student.training
-        self.student.eval()
-        try:
-            self.objective.materialize(self.signals(batch), teacher, make_projector)
-        finally:
-            self.student.train(was_training)
+        self.objective.materialize(said, teacher, make_projector)
 
 
 def hard_loss(objective: Objective, said: Signals, batch: Batch, progress: Progress) -> Tensor | None:

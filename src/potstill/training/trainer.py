@@ -25,32 +25,37 @@ from potstill.data.batching import InMemory, LengthSampler, length_order
 from potstill.data.budgets import TokenBudget
 from potstill.data.tables import in_memory
 from potstill.errors import TrainingError, did_you_mean
-from potstill.interfaces import Batch, Progress, Signals, TeacherSource
+from potstill.interfaces import Batch, Progress, Scheme, Signals, TeacherSource
 from potstill.losses.objective import Objective, clamp_counts, default_objective
-from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs, respond
-from potstill.models.weights import load_modules, load_student, save_modules, save_student
-from potstill.teachers.cached import Cached
-from potstill.teachers.live import Live, ask
+from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs
+from potstill.models.weights import load_student, save_student
+from potstill.schemes.lesson import STUDENT, Extension, Learner, Lesson
+from potstill.teachers.cached import unmask
+from potstill.teachers.live import ask
 from potstill.teachers.shared import Sharing
 from potstill.training.arguments import check_arguments, check_balance, check_budget, check_student
-from potstill.training.callbacks import Epochs
+from potstill.training.callbacks import AfterStep, Epochs
 from potstill.training.checkpoints import mark_complete, rotate
+from potstill.training.learners import JointModule, as_sources, clip_each, joined, split_groups
 from potstill.training.module import DistillationModule, hard_loss
 from potstill.training.overhead import packages_looked_up_once
-
-OBJECTIVE_FILE = "objective.safetensors"
-SOURCES_FILE = "sources.safetensors"
+from potstill.training.state import load_learning, save_learning
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Trains a student to match a teacher; a drop-in for a Trainer whose ``compute_loss`` was overridden.
 
     Args:
-        teacher: a trained module, any :class:`potstill.interfaces.TeacherSource`, or ``None`` for an objective of hard
-            terms alone (a baseline).
+        teacher: a trained module, any :class:`potstill.interfaces.TeacherSource`, several of them by name, or ``None``
+            for an objective of hard terms alone (a baseline).
         objective: what to minimise; 0.7·T²·KL at T = 4 plus 0.3·cross-entropy if omitted. A dictionary of terms works
             too.
         model: the student.
+        learners: models that learn at the same time, by name, such as a teacher that is trained jointly or a peer; each
+            with its own objective, parameter group and clipping, saved in checkpoints. See
+            :class:`potstill.schemes.lesson.Learner`.
+        scheme: arranges who learns what from whom; see :class:`potstill.interfaces.Scheme`.
+        extension: what the student has only while it learns.
         forward: ``(model, batch) -> responses``, e.g. a task's; used for the student and for a module given as teacher.
         save_student: ``(student, folder) -> None`` in place of ``save_pretrained`` or safetensors.
         projector_learning_rate: learning rate of the objective's own parameters; the student's if omitted.
@@ -78,8 +83,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self,
         *,
         model: nn.Module,
-        teacher: nn.Module | TeacherSource | None = None,
+        teacher: nn.Module | TeacherSource | Mapping[str, nn.Module | TeacherSource] | None = None,
         objective: Objective | Mapping[str, Any] | None = None,
+        learners: Mapping[str, Learner] | None = None,
+        scheme: Scheme | None = None,
+        extension: Extension | None = None,
         forward: Callable[[nn.Module, Batch], Signals] | None = None,
         save_student: Callable[[nn.Module, Path], None] | None = None,
         projector_learning_rate: float | None = None,
@@ -95,11 +103,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         check_budget(args, batch_tokens, group_by_length)
         check_balance(args, terms)
         check_student(model)
-        module = DistillationModule(model, terms, forward=forward)
-        self.teacher = _as_source(teacher, module, forward)
-        if isinstance(self.teacher, Cached):
-            self.teacher.unmasked |= terms.unmasked()
-        if self.teacher is None and terms.needs_teacher():
+        lesson = Lesson(Learner(model, terms, forward, extension=extension), dict(learners or {}), seed=args.seed)
+        lesson.sources = as_sources(teacher, lesson)
+        lesson = lesson if scheme is None else scheme.arrange(lesson)
+        module, self.teacher = joined(lesson)
+        terms = module.objective
+        unmask(self.teacher, terms.unmasked())
+        if self.teacher is None and not lesson.others and module.taught():
             raise TrainingError("the objective compares with a teacher and none was given; pass teacher=…")
         self._signature_columns: list[str] | None = None
         self.lr_scheduler: Any = None
@@ -154,7 +164,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     ) -> Any:
         """Return the objective's total for one micro-batch; see :class:`transformers.Trainer`."""
         batch = dict(inputs)
-        own = {name: value for name, value in batch.items() if not name.startswith(TEACHER_PREFIX)}
+        joint = isinstance(self.distillation_module, JointModule)  # whose learners have entries of their own
+        own = {name: value for name, value in batch.items() if joint or not name.startswith(TEACHER_PREFIX)}
         counts = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None
         with self._sharing(self.teacher, self.distillation_module.student, model):
             with self.accelerator.autocast():  # in the student's precision; losses go on in float32
@@ -165,8 +176,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         return (output.loss, output) if return_outputs else output.loss
 
     def _taught(self, batch: Batch) -> Signals:
-        wanted = self.distillation_module.objective.taps("teacher", self.progress)
-        return ask(self.teacher, batch, wanted)
+        return ask(self.teacher, batch, self.distillation_module.taught(self.progress))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradients of each learner by themselves, and return the norm of the student's."""
+        if not isinstance(self.distillation_module, JointModule):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_each(self.distillation_module, self.args.max_grad_norm)[STUDENT]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm that clipping found; without clipping it is not computed, for it costs a pass over all."""
@@ -197,6 +214,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             wanted = set(module.accepts) | set(self.label_names) | {"label", "label_ids", "sample_id", "attention_mask"}
             if isinstance(teacher, nn.Module):
                 wanted |= accepted_inputs(getattr(teacher, "model", teacher)) or set()
+            for learner in module.learners.values():
+                wanted |= accepted_inputs(learner.student) or set()
             wanted |= {term.mask for _, term in module.objective.named_terms() if isinstance(term.mask, str)}
             wanted |= {name for name in _columns(self.train_dataset, self.eval_dataset) if "/" in name}
             self._signature_columns = sorted(wanted)
@@ -280,9 +299,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         """Make the optimizer, with a group of their own for the projectors if they have a learning rate."""
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*model)
+        module = self.distillation_module
+        if fresh and isinstance(module, JointModule):
+            module.split(optimizer)
         if fresh and self._projector_learning_rate is not None:
-            own = {id(p) for p in self.distillation_module.objective.parameters()}
-            _split_groups(optimizer, own, self._projector_learning_rate)
+            own = [p for each in module.learners.values() for p in each.objective.parameters()]
+            split_groups(optimizer, own, learning_rate=self._projector_learning_rate)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -319,13 +341,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     def materialize(self) -> None:
         """Size the objective's projectors by one dry run of teacher and student; nothing if there are none."""
         module = self.distillation_module
-        if module.objective.pending_projectors() and self.teacher is not None:
+        if module.pending:
             state = torch.random.get_rng_state()
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
             with self.accelerator.autocast():  # as in a step: a cache holds no answers in another precision
-                taught = ask(self.teacher, dict(batch), module.objective.taps("teacher"))
-            module.materialize(taught, batch)
-            module.objective.to(self.args.device)
+                taught = ask(self.teacher, dict(batch), module.taught())
+                module.materialize(taught, batch)
+            module.to(self.args.device)
             torch.random.set_rng_state(state)
 
     # ---- saving and loading ---------------------------------------------------------------------------------------
@@ -345,8 +367,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if folder.name.startswith("checkpoint-"):
-            save_modules(module.objective, folder / OBJECTIVE_FILE)
-            save_modules(self.teacher, folder / SOURCES_FILE)
+            save_learning(module, self.teacher, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint, mark it as whole, and only then delete older ones."""
@@ -370,8 +391,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self.materialize()
         folder, module = Path(resume_from_checkpoint), self.distillation_module
         load_student(module.student, folder)
-        load_modules(module.objective, folder / OBJECTIVE_FILE)
-        load_modules(self.teacher, folder / SOURCES_FILE)
+        load_learning(module, self.teacher, folder)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -414,6 +434,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         return module
 
     def _set_up_callbacks(self) -> None:
+        self.add_callback(AfterStep(self))
         if hasattr(self.train_dataset, "set_epoch") and not isinstance(self.train_dataset, datasets.Dataset):
             self.add_callback(Epochs(self.train_dataset))
         for callback in self.callback_handler.callbacks:
@@ -422,8 +443,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
                 bind(self)
 
     def _window_counts(self, batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
-        objective, processes = self.distillation_module.objective, self.accelerator.num_processes
-        each = [objective.counts(batch) for batch in batches]
+        module, processes = self.distillation_module, self.accelerator.num_processes
+        each = [module.counts(batch) for batch in batches]
         if len(each) == processes == 1:
             return {name: count.to(device) for name, count in clamp_counts(each[0]).items()}
         names = list(each[0])
@@ -444,21 +465,6 @@ def save_student_default(student: nn.Module, folder: Path, state_dict: dict[str,
     save_student(student, folder, state_dict)
 
 
-def _as_source(
-    teacher: Any, module: DistillationModule, forward: Callable[[nn.Module, Batch], Signals] | None
-) -> TeacherSource | None:
-    if not isinstance(teacher, nn.Module):
-        return teacher if teacher is None or callable(teacher) else _refuse(teacher)
-    if teacher is module.student:
-        raise TrainingError("teacher and student are the same object; copy one of them")
-    taps = [name for name in module.objective.taps("teacher") if name not in module.responses]
-    return Live(teacher, taps, forward=forward or respond)
-
-
-def _refuse(teacher: Any) -> TeacherSource:
-    raise TrainingError(f"expected a teacher that is a module or a callable of a batch, got {type(teacher).__name__}")
-
-
 def _with_sample_ids(dataset: Any) -> Any:
     """Give a table the column ``sample_id``, on which views, caches and memories depend."""
     if isinstance(dataset, datasets.Dataset) and "sample_id" not in dataset.column_names:
@@ -472,13 +478,3 @@ def _columns(*tables: Any) -> list[str]:
         for each in table.values() if isinstance(table, Mapping) else [table]:
             names += list(getattr(each, "column_names", None) or [])
     return names
-
-
-def _split_groups(optimizer: torch.optim.Optimizer, own: set[int], learning_rate: float) -> None:
-    """Move the parameters with these ids into groups of their own learning rate."""
-    for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in own]
-        if moved:
-            group["params"] = [p for p in group["params"] if id(p) not in own]
-            settings = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
-            optimizer.add_param_group({"params": moved, **settings, "lr": learning_rate})
