@@ -22,7 +22,7 @@ from potstill import registry
 from potstill.experiments.seeds import SeedSummary
 from potstill.recipe import schema
 from potstill.recipe.arguments import DEFAULTS
-from potstill.recipe.check import MANAGED
+from potstill.recipe.check_training import MANAGED
 from potstill.runs import metrics
 
 log = logging.getLogger("mkdocs.hooks.potstill")  # a warning of it ends a strict build

@@ -22,15 +22,15 @@ from potstill.registry import teacher_sources
 from potstill.teachers.cached import Cached
 from potstill.teachers.context import SourceContext
 
-(images, labels), asked = load_digits(return_X_y=True), []
-teacher = MLPClassifier(random_state=0).fit(images[:1000], labels[:1000])
+images, labels = load_digits(return_X_y=True)
+teacher, asked = MLPClassifier(random_state=0).fit(images[:1000], labels[:1000]), []
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The server: it answers rows of pixels with probabilities."""
+    """The server."""
 
     def do_POST(self) -> None:
-        """Answer one request."""
+        """Answer rows of pixels with probabilities."""
         rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]
         asked.extend(rows)
         answer = json.dumps({"probabilities": teacher.predict_proba(rows).tolist()}).encode()
@@ -41,8 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-table = Dataset.from_dict({"pixels": images[:1000].tolist()})
-context = SourceContext("far", table=table, label_names=list("0123456789"))
+context = SourceContext("far", table=Dataset.from_dict({"pixels": images[:1000]}), label_names=list("0123456789"))
 source = teacher_sources.get("http")(context, url=f"http://127.0.0.1:{server.server_port}/")
 cached = Cached(source, tempfile.mkdtemp(), identity=source.identity)
 

@@ -44,7 +44,7 @@ ALLOWED = {
     "models": CORE,
     "tasks": CORE | {"data", "models"},
     "teachers": CORE | {"models", "knowledge"},
-    "schemes": CORE | {"teachers", "models", "losses", "knowledge"},
+    "schemes": CORE | {"data", "teachers", "models", "losses", "knowledge"},
     "training": CORE | {"data", "models", "knowledge", "teachers", "losses", "schemes"},
     "evaluation": CORE | {"data"},
     "checks": CORE | {"data", "models", "knowledge", "teachers", "losses", "training", "evaluation"},

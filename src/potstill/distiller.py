@@ -19,7 +19,7 @@ from potstill.errors import DataError, TaskError, TrainingError, did_you_mean
 from potstill.interfaces import Task
 from potstill.models.load import ORIGINS
 from potstill.recipe import build
-from potstill.recipe.check import MANAGED
+from potstill.recipe.check_training import MANAGED
 from potstill.recipe.load import recipe_from
 from potstill.recipe.schema import ModelSpec, Recipe
 from potstill.registry import tasks

@@ -29,6 +29,10 @@ IGNORED = -100
 """The label of a position that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
+FOREIGN = -1e4
+"""The logit of a class of another task, which is thereby impossible; finite, so that no loss gives NaN."""
+
+
 VIEW = "view"
 """The batch entry with the number of the random view of each sample, int64 [B]; it is missing where there is one."""
 

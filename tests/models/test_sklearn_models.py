@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import warnings
 
@@ -388,10 +387,10 @@ class TestOtherLibraries:
             ("no_such_module.Forest", "the module no_such_module cannot be imported"),
             ("sklearn.ensemble.RandomForst", "there is no such class"),
             ("sklearn.svm.LinearSVC", "it has no predict_proba"),
-            (".Forest", "there is no such class|cannot be imported|empty module name"),
+            (".Forest", "scikit-learn has no classifier '.Forest'"),
         ]:
             (problem,) = Sklearn().check(name, {}, ("teacher",))
-            assert re.search(message, str(problem)), problem
+            assert message in str(problem)
         assert Sklearn().check("sklearn.ensemble.RandomForestClassifier", {"n_estimators": 3}, ()) == []
         (problem,) = Sklearn().check("sklearn.ensemble.RandomForestClassifier", {"n_estimator": 3}, ())
         assert "did you mean 'n_estimators'" in str(problem)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from potstill.errors import Problem
-from potstill.recipe.check import MANAGED, check_components
+from potstill.recipe.check import check_components
+from potstill.recipe.check_training import MANAGED
 
 BASE: dict[str, Any] = {
     "name": "a",

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from potstill.errors import TrainingError
-from potstill.recipe import build
+from potstill.recipe import arguments, build
 from potstill.recipe.load import recipe_from
 from potstill.recipe.schema import Recipe
 from potstill.runs.forecast import CACHED, FLOOR, LIVE, Forecast, Trial

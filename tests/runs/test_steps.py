@@ -34,6 +34,7 @@ from potstill.runs import folder, judging, steps
 from potstill.runs.cache import Cache
 from potstill.runs.folder import RunFolder
 from potstill.runs.metrics import RunMetrics
+from potstill.runs.teaching import teacher_key
 from potstill.runs.steps import Run, open_run
 from potstill.training import trainer as engine
 from potstill.training.checkpoints import MARKER
@@ -513,14 +514,14 @@ class TestCache:
     ) -> None:
         """A teacher of other data or settings would teach, and be reported, as if it were the one asked for."""
         run = Run(recipe(**changes), tmp_path, bars=False, cache=shared_cache)
-        known = finished._teacher_key("teacher")
+        known = teacher_key(finished, "teacher")
         assert shared_cache.find("teachers", known) is not None
-        assert run._teacher_key("teacher") != known, why
-        assert shared_cache.find("teachers", run._teacher_key("teacher")) is None
+        assert teacher_key(run, "teacher") != known, why
+        assert shared_cache.find("teachers", teacher_key(run, "teacher")) is None
 
     def test_what_does_not_change_the_teacher_does_not_change_the_key(self, finished: Run, tmp_path: Path) -> None:
         changes = {"train__epochs": 9, "student__kwargs__hidden": [7], "name": "other", "objective__soft__weight": 0.1}
-        assert Run(recipe(**changes), tmp_path)._teacher_key("teacher") == finished._teacher_key("teacher")
+        assert teacher_key(Run(recipe(**changes), tmp_path), "teacher") == teacher_key(finished, "teacher")
 
     def test_weights_count_by_their_content(self, tmp_path: Path) -> None:
         """Fine-tuned from a file that was replaced, under its old name, the cached teacher is an old one."""
@@ -529,7 +530,7 @@ class TestCache:
             torch.manual_seed(seed)
             save_model(Mlp(4, 3, [8]), tmp_path / "w", {"model": "potstill:mlp", "kwargs": {}})
             file = tmp_path / "w/model.safetensors"
-            keys.append(Run(recipe(teacher__weights=str(file)), tmp_path / "x")._teacher_key("teacher"))
+            keys.append(teacher_key(Run(recipe(teacher__weights=str(file)), tmp_path / "x"), "teacher"))
         assert keys[0] == keys[2] != keys[1]
 
     def test_a_teacher_that_is_not_trained_is_not_stored(self, tmp_path: Path) -> None:

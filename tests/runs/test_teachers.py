@@ -21,6 +21,7 @@ from potstill.models.load import load_model
 from potstill.recipe.load import recipe_from
 from potstill.runs import teachers
 from potstill.runs.cache import Cache
+from potstill.runs.teaching import teacher_key
 from potstill.runs.steps import Run
 from potstill.runs.teachers import choose_forms, form_of, live_teacher
 from potstill.teachers import forms, precision
@@ -94,12 +95,12 @@ def test_the_teacher_of_a_run_answers_as_the_recipe_has_it(tmp_path: Path, asked
 def test_how_it_answers_does_not_change_how_it_is_trained(tmp_path: Path) -> None:
     plain = asked(tmp_path / "a")
     other = asked(tmp_path / "b", teacher={"precision": "bf16", "compile": True})
-    assert other._teacher_key("teacher") == plain._teacher_key("teacher")
+    assert teacher_key(other, "teacher") == teacher_key(plain, "teacher")
     assert other.recipe.all_teachers["teacher"].compile
     assert form_of(other, "teacher") == ("bf16", True)
     assert form_of(plain, "teacher") == (None, False)
     trained = asked(tmp_path / "c", teacher={"train": {"epochs": 3}})
-    assert trained._teacher_key("teacher") != plain._teacher_key("teacher")
+    assert teacher_key(trained, "teacher") != teacher_key(plain, "teacher")
 
 
 @pytest.mark.usefixtures("bf16_is_faster")

@@ -185,7 +185,8 @@ def test_nothing_of_the_teacher_is_registered_and_all_is_put_back():
 
 def test_teacher_s_blocks_have_no_dropout():
     teacher, student = pair()
-    extension = arranged(teacher.train(), student.eval(), probability=0.0).student.extension
+    extension = arranged(teacher, student, probability=0.0).student.extension
+    teacher.train()
     assert torch.equal(answer(extension, student, batch()), answer(extension, student, batch()))
 
 

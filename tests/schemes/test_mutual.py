@@ -174,8 +174,20 @@ def test_an_objective_that_was_given_stays():
     assert list(lesson.student.objective.terms) == ["hard", "soft_ann", "soft_bob"]
 
 
-def test_losses_with_a_memory_are_not_shared():
-    terms = {"hard": Term("cross_entropy"), "memory": Term("ctkd", teacher="ann/logits")}
+class Learned(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, student, teacher):
+        return self.scale * (student - teacher).square().mean(-1)
+
+
+@pytest.mark.parametrize("loss", ["ctkd", Learned()])
+def test_losses_with_a_memory_are_not_shared(loss):
+    terms = {"hard": Term("cross_entropy"), "memory": Term(loss, teacher="ann/logits")}
     lesson = arranged(nets(4, 7), terms)
     one, other = (each.objective.terms["memory"].loss for each in lesson.learners.values())
     assert one is not other
@@ -197,6 +209,10 @@ def test_balance_and_masks():
     assert lesson.student.objective.balance.every == 5
     assert lesson.others["ann"].objective.balance is None
     assert lesson.others["ann"].objective.response_mask is sum
+
+
+def test_it_takes_no_options():
+    assert "no option 'weight'" in str(schemes.check("mutual", {"weight": 1})[0])
 
 
 def test_what_cannot_be_arranged():

@@ -143,6 +143,12 @@ class TestRandom:
         assert found != [self.drawn(source, i, i + 1, view=torch.ones(2, dtype=torch.long)) for i in range(200)]
         assert all(45 < found.count(name) < 90 for name in "abc")
 
+    def test_the_seed_is_the_runs_where_none_is_given(self):
+        teachers = {name: Teacher(name) for name in LOGITS}
+        run = ensemble(SourceContext("all", teachers, seed=1), of=["a", "b", "c"], by="random")
+        own = made(by="random", seed=1)
+        assert [self.drawn(run, i) for i in range(50)] == [self.drawn(own, i) for i in range(50)]
+
     def test_weights_are_how_often(self):
         source = made(by="random", weights=[8, 1, 1])
         found = [self.drawn(source, i) for i in range(300)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from potstill.checks.findings import Finding, checks
 from potstill.checks.subject import Subject, whose_is
 from potstill.errors import ObjectiveError, SignalError
-from potstill.interfaces import IGNORED, Signals
+from potstill.interfaces import FOREIGN, IGNORED, Signals
 
 
 @checks.register("signals")
@@ -115,6 +115,7 @@ def _constant(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.ndim < 2 or len(value) < 2 or not value.is_floating_point():
         return False
     values = value.detach().float()
+    values = values.masked_fill(values <= FOREIGN, 0.0)  # classes of other tasks
     apart = float((values - values[:1]).abs().max()) if values.numel() else 0.0
     return apart <= 1e-7 * float(values.abs().max())
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.checks.batches import batch_size, classes_of, is_one_a_class, rows
 from potstill.checks.findings import Finding, checks
 from potstill.checks.subject import Subject, whose_is
-from potstill.interfaces import IGNORED, Batch, Signals
+from potstill.interfaces import FOREIGN, IGNORED, Batch, Signals
 
 _ALIKE = 1e-3
 """By how much two answers to the same batch may differ, as a share of their spread: what kernels round."""
@@ -173,6 +173,8 @@ def _difference(first: Signals, second: Signals) -> float:
         other = second.get(name)
         if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
             a, b = value.detach().double().nan_to_num(), other.detach().double().nan_to_num()
+            possible = (a > FOREIGN) | (b > FOREIGN)  # without the classes of other tasks, which say nothing
+            a, b = a[possible], b[possible]
             spread = float(a.std(correction=0)) if a.numel() else 0.0
             apart = float((a - b).square().mean().sqrt()) if a.numel() else 0.0
             found.append(apart / spread if spread > 0 else (math.inf if apart else 0.0))

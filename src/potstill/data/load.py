@@ -143,7 +143,7 @@ def _read(source: str, context: Mapping[str, Any], kwargs: dict[str, Any], allow
     known = signature_options(function)
     if ":" in source:  # a person's own factory gets what the recipe says, and nothing else
         context = {key: value for key, value in context.items() if key in ("path", "name", "revision")}
-    elif context["path"] is None:
+    elif context["path"] is None and "path" in known:
         raise DataError(f"the data source '{source}' needs a `path`")
     for key in ("path", "name", "revision"):
         if context[key] is not None and key not in known:

@@ -1,7 +1,7 @@
 """From a reference in a recipe to a model, and from a saved folder back to it.
 
 A reference is a hub id or a folder of transformers, ``timm:NAME``, ``torchvision:NAME``,
-``torchhub:REPO_OR_DIR/ENTRY``, ``sklearn:CLASS``, ``potstill:NAME``, ``package.module:factory``, or a folder that
+``torchhub:REPO_OR_DIR/ENTRY``, ``sklearn:CLASS``, ``onnx:FILE``, ``potstill:NAME``, ``package.module:factory``, or a folder that
 potstill saved.
 """
 
@@ -33,6 +33,7 @@ ORIGINS = {
     "torchvision": "potstill.models.torchvision_models:Torchvision",
     "torchhub": "potstill.models.torch_hub:TorchHub",
     "sklearn": "potstill.models.sklearn_models:Sklearn",
+    "onnx": "potstill.models.onnx_models:Onnx",
 }
 """Prefix of a reference to the ecosystem that it belongs to; without a prefix it is transformers'."""
 
@@ -238,6 +239,11 @@ def _refuse_code(reference: str, kwargs: Mapping[str, Any], *, allow_code: bool)
 
         raise CodeNotAllowedError(
             f"'{reference}' would run {what_runs(reference.partition(':')[2])}; allow it with --allow-code"
+        )
+    if reference.startswith("sklearn:") and "." in reference:
+        module = reference.partition(":")[2].rpartition(".")[0]
+        raise CodeNotAllowedError(
+            f"'{reference}' would import and run the Python module {module}; allow it with --allow-code"
         )
     if kwargs.get("trust_remote_code"):
         raise CodeNotAllowedError(

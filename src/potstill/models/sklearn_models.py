@@ -299,7 +299,9 @@ class Sklearn:
         if unknown:
             return unknown
         try:
-            getattr(kind(**kwargs), "_validate_params", dict)()
+            made = kind(**kwargs)
+            if hasattr(made, "_parameter_constraints"):
+                made._validate_params()
         except (ValueError, TypeError) as error:
             wrong = next((key for key in kwargs if f"'{key}'" in str(error)), None)
             return [Problem((*path, "kwargs", *([] if wrong is None else [wrong])), str(error))]
@@ -386,7 +388,7 @@ def _parameters(kind: Any) -> dict[str, Any]:
     if len(found) == len(inspect.signature(kind).parameters):
         return found
     with suppress(ValueError, TypeError):  # those that are made of keywords say the rest themselves
-        return found | kind().get_params(deep=False)
+        found |= kind().get_params(deep=False)
     return found
 
 

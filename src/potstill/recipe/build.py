@@ -299,7 +299,11 @@ def make_objective(
     if len(made) < sum(map(len, specs)):
         raise ObjectiveError("two terms of the objective have one name; rename the one without `layers`")
     balance = None if recipe.balance is None or terms is not None else recipe.balance.model_dump()
-    return Objective(made, response_mask=task.mask, balance=balance)
+    objective = Objective(made, response_mask=task.mask, balance=balance)
+    check: Any = getattr(task, "check_objective", None)
+    if check is not None:
+        check(objective)
+    return objective
 
 
 def signals_of(

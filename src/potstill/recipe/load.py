@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from potstill.errors import Problem, RecipeError, did_you_mean
-from potstill.recipe.check import check_components, rooted
+from potstill.recipe.check import check_components
+from potstill.recipe.check_models import rooted
 from potstill.recipe.document import Document, read_document
 from potstill.recipe.presets import with_preset
 from potstill.recipe.problems import located, problems_of, tidy
@@ -74,10 +75,18 @@ def _rooted(recipe: Recipe, folder: Path | None) -> Recipe:
     def model(spec: Any) -> Any:
         return spec.model_copy(update={key: root(getattr(spec, key)) for key in ("model", "weights", "processor")})
 
-    on_disk = recipe.data.source in ("files", "hub")
+    def data(section: Mapping[str, Any]) -> dict[str, Any]:
+        on_disk = section.get("source") in ("files", "hub") and isinstance(section.get("path"), str)
+        return {**section, "path": root(section["path"])} if on_disk else dict(section)
+
+    changes: dict[str, Any] = {"path": data(dict(recipe.data))["path"]}
+    parts = recipe.data.kwargs.get("tasks")
+    if recipe.data.source == "tasks" and isinstance(parts, Mapping):
+        own = {name: data(each) if isinstance(each, Mapping) else each for name, each in parts.items()}
+        changes["kwargs"] = {**recipe.data.kwargs, "tasks": own}
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update={"path": root(recipe.data.path)} if on_disk else {}),
+            "data": recipe.data.model_copy(update=changes),
             "student": model(recipe.student),
             "teacher": None if recipe.teacher is None else model(recipe.teacher),
             "teachers": {name: model(spec) for name, spec in recipe.teachers.items()},

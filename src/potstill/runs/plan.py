@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 
 from potstill.data.load import Splits
+from potstill.errors import TaskError
 from potstill.interfaces import Task
 from potstill.losses.objective import Objective
 from potstill.models.freezing import freeze
@@ -30,7 +32,7 @@ class Plan:
         self.recipe = spread_out(recipe)
         self.allow_code = allow_code
         self.given = splits
-        self._tasks: list[tuple[Any, Task]] = []
+        self._tasks: list[tuple[Any, str | None, Task]] = []
 
     @cached_property
     def splits(self) -> Splits:
@@ -85,11 +87,33 @@ class Plan:
     def task_of(self, name: str) -> Task:
         """Return the task as one model sees it; the same object for models that want the same inputs."""
         processor = self.processors[name if name in self.processors else "student"]
-        known = next((task for own, task in self._tasks if own is processor), None)
+        part = self.part_of(name)
+        known = next((task for own, own_part, task in self._tasks if own is processor and own_part == part), None)
         if known is None:
-            known = build.prepared(self.task, processor)
-            self._tasks.append((processor, known))
+            whole: Any = self.task
+            known = build.prepared(whole if part is None else whole.part(part), processor)
+            self._tasks.append((processor, part, known))
         return known
+
+    def part_of(self, name: str) -> str | None:
+        """Return the one task of several that a teacher knows; ``None`` for models that know them all.
+
+        Raises:
+            TaskError: the recipe's task has no such part.
+        """
+        spec = self.recipe.all_teachers.get(name)
+        part = None if spec is None else spec.task
+        if part is not None and not hasattr(self.task, "part"):
+            raise TaskError(
+                f"the teacher '{name}' is for the task '{part}', and {self.recipe.task.name} is one task; leave it out"
+            )
+        return part
+
+    def table_for(self, name: str, table: Dataset) -> Dataset:
+        """Return the rows of a table that a model is trained on: those of its own task where it knows but one."""
+        part = self.part_of(name)
+        whole: Any = self.task
+        return table if part is None else whole.part_table(table, part)
 
     def student(self) -> nn.Module:
         """Return a fresh student; one that is cut from a fine-tuned teacher is cut from the teacher as it began."""

@@ -279,7 +279,7 @@ def _models(setup: _Setup) -> Iterator[str]:
             continue
         built = setup.teacher(name)
         if not _is_trained(spec) and spec.labels is None:
-            setup.task.check_labels(built.labels, f"the teacher '{name}'")
+            setup.run.task_of(name).check_labels(built.labels, f"the teacher '{name}'")
         weights = ", random weights" if build.is_random(spec) else ""
         if built.fresh:
             weights = f", new weights: {', '.join(built.fresh[:4])}{', …' if len(built.fresh) > 4 else ''}"

@@ -349,7 +349,7 @@ class Run(Plan):
     def _card(self, name: str, blueprint: Blueprint) -> dict[str, Any]:
         task = self.task_of(name)
         how = blueprint.card(task.facts(), allow_code=self.allow_code)
-        return {"potstill": __version__, "task": self.recipe.task.name, "settings": task.settings(), **how}
+        return {"potstill": __version__, "task": task.name, "settings": task.settings(), **how}
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 

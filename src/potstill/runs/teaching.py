@@ -48,7 +48,7 @@ def teach(run: Run, name: str) -> None:
     elif spec.objective is None:
         if run.label not in run.splits.train.column_names:
             raise TrainingError(f"the training split has no labels to train the teacher '{name}' on; give `weights`")
-        run.train(name, model, spec.train, build.supervised_objective(run.task))
+        run.train(name, model, spec.train, build.supervised_objective(run.task_of(name)))
     else:
         objective = own_objective(run, spec)
         build.check_labels(objective, run.splits.taught_on, run.label)
@@ -76,7 +76,7 @@ def own_objective(run: Run, spec: TeacherSpec) -> Objective:
 def _check_trained(run: Run, name: str, built: Built) -> None:
     """Raise if a teacher knows other classes, or these in another order; say so if its head knows nothing."""
     if run.recipe.all_teachers[name].labels is None:
-        run.task.check_labels(built.labels, f"the teacher '{name}'")
+        run.task_of(name).check_labels(built.labels, f"the teacher '{name}'")
     if built.fresh:
         new = ", ".join(built.fresh[:3]) + (", …" if len(built.fresh) > 3 else "")
         run.note(f"the teacher '{name}' has no trained head for this task ({new}): say `train:` or it teaches noise")
@@ -133,5 +133,5 @@ def joint_model(run: Run, name: str) -> nn.Module:
     """Return a teacher that is trained with the student, as it is before that."""
     built = _build(run, name)[1]
     if run.recipe.all_teachers[name].labels is None:
-        run.task.check_labels(built.labels, f"the teacher '{name}'")
+        run.task_of(name).check_labels(built.labels, f"the teacher '{name}'")
     return built.model

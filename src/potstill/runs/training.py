@@ -71,7 +71,8 @@ def make_trainer(
         evaluates=validation is not None and plan.label in validation.column_names,
         allow_code=plan.allow_code,
     )
-    task, table = plan.task_of(name), plan.splits.train
+    task, table = plan.task_of(name), plan.table_for(name, plan.splits.train)
+    validation = None if validation is None else plan.table_for(name, validation)
     if teacher is not None:
         learner = name if name in plan.recipe.all_teachers else "student"
         task = build.prepared_for_distillation(plan.recipe, plan.task, plan.processors, learner)
@@ -89,7 +90,7 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=None if validation is None else task.dataset(validation, training=False, seed=0),
         data_collator=ready_batch,
-        compute_metrics=_Metrics(plan.task),
+        compute_metrics=_Metrics(plan.task if plan.part_of(name) is None else task),
         callbacks=[*setup.callbacks, *callbacks],
         **setup.keywords,
     )
@@ -114,7 +115,8 @@ def fit_teacher(plan: Plan, name: str, model: nn.Module) -> int:
         return 0
     if plan.label not in plan.splits.train.column_names:
         raise TrainingError(f"the training split has no labels to fit the teacher '{name}' to")
-    parts = list(batches(plan.task_of(name).dataset(plan.splits.train, training=False, seed=0), 1024))
+    rows = plan.table_for(name, plan.splits.train)
+    parts = list(batches(plan.task_of(name).dataset(rows, training=False, seed=0), 1024))
     key = next((key for key in MAIN_INPUTS if key in parts[0] and parts[0][key].is_floating_point()), None)
     if key is None:
         raise ModelError(f"the teacher '{name}' takes numbers, and the task gives {', '.join(sorted(parts[0]))}")

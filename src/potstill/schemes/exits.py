@@ -28,7 +28,7 @@ _SIGNAL = re.compile(r"exit\.(?:(?P<number>[1-9]\d*)(?:\.features)?|features)")
 _HARD = "cross_entropy"
 
 
-@schemes.register("exits", reference="https://arxiv.org/abs/1905.08094")
+@schemes.register("exits", reference="https://arxiv.org/abs/1905.08094", makes=("exit.",))
 class Exits:
     """Put a classifier at inner layers of the student while it learns, and let the last one teach them (BYOT).
 
@@ -42,9 +42,10 @@ class Exits:
         exit_k_soft: alpha · KL(softmax(logits/T) ‖ softmax(exit.k/T)), of the student's own logits without gradient
         exit_k_hint: hint · mean((exit.k.features − exit.features)²), without gradient of the latter
 
-    The terms, alpha = 0.3, T = 3 and the factor 0.03 of the hints are those of the authors' code for CIFAR, whose soft
-    term has no factor T². The paper gives no numbers, and takes the squared length ‖·‖² for the hint, which is the mean
-    times the width; the code takes the length over the whole batch. The mean does not depend on either.
+    alpha = 0.3, T = 3, no factor T² and 0.03 for the hints are of the authors' code for CIFAR
+    (https://github.com/ArchipLab-LinfengZhang/pytorch-self-distillation-final). Its hint is the length of the
+    difference over the whole batch, after another linear layer, and one exit has none; that of the paper is the squared
+    length ‖·‖², the mean times the width. The mean depends on neither batch nor width.
 
     An exit on a map is a 1×1, a 3×3 and a 1×1 convolution, each with BatchNorm, then the mean over its places; on
     tokens or a vector two linear layers after the pooling; for a student that classifies each token, an exit does.

@@ -42,6 +42,9 @@ class Mutual:
     Reference: Zhang et al. 2018, https://arxiv.org/abs/1706.00384.
     """
 
+    def __init__(self) -> None:
+        """Take no options."""
+
     def arrange(self, lesson: Lesson) -> Lesson:
         """Return a lesson in which all learn from all.
 

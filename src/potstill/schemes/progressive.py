@@ -79,7 +79,7 @@ class Progressive:
         TrainingError: shares that do not fit.
 
     Reference: Sun et al. 2020 (MobileBERT), https://arxiv.org/abs/2004.02984; Wang et al. 2018, Progressive Blockwise
-    Knowledge Distillation, https://www.ijcai.org/proceedings/2018/384.
+    Knowledge Distillation, https://www.ijcai.org/proceedings/2018/0384.pdf.
     """
 
     def __init__(

@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from potstill.data.mixing import TASK, Mixed, Padding
 from potstill.errors import ComponentError, ObjectiveError, PotstillError, TaskError, did_you_mean
-from potstill.interfaces import Batch, Progress, Signals, Task
+from potstill.interfaces import FOREIGN, Batch, Progress, Signals, Task
 from potstill.models.inputs import respond
 from potstill.registry import losses
 from potstill.registry import tasks as known_tasks
 from potstill.tasks.classification import Classification
-
-FOREIGN = -1e4
-"""The logit of a class of another task: no probability in any precision, and nothing infinite to subtract."""
 
 _EXPONENTS = {"sqrt": 0.5, "uniform": 0.0}
 _SHARED = ("forward", "mask", "answers", "hard_loss")

@@ -20,8 +20,8 @@ class SourceContext:
         name: the teacher's, in the recipe.
         teachers: those that the recipe names before it, by name.
         student: the model that learns; ``None`` where nothing is trained.
-        table: the samples that are asked about, whose rows the ``sample_id`` of a batch counts from 0: a
-            ``datasets.Dataset``; ``None`` where a source is asked about batches of other origin.
+        table: the samples that are asked about, a ``datasets.Dataset`` whose column ``sample_id``, or else the place of
+            a row from 0, is the ``sample_id`` of a batch; ``None`` where a source is asked about others.
         label: the column of the label, which no teacher is shown.
         label_names: the classes in the order of the label ids.
         taps: signals that are read beside the responses.

@@ -109,7 +109,7 @@ class MovingAverage:
         return {f"model.{name}": value.detach() for name, value in own.items() if name in kept}
 
 
-@teacher_sources.register("moving_average", reference="https://arxiv.org/abs/1703.01780")
+@teacher_sources.register("moving_average", reference="https://arxiv.org/abs/1703.01780", follows_student=True)
 def moving_average(
     context: SourceContext, *, decay: float = 0.999, warm_up: bool = True, buffers: Buffers = "average"
 ) -> MovingAverage:

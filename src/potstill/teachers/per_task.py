@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from potstill.errors import ComponentError, SignalError, did_you_mean
-from potstill.interfaces import Batch, Signals, TeacherSource, detach
+from potstill.interfaces import FOREIGN, Batch, Signals, TeacherSource, detach
 from potstill.registry import teacher_sources
 from potstill.teachers.context import SourceContext
 from potstill.teachers.live import ask
-
-IMPOSSIBLE = -1e4
-"""The logit of a class of another task: its probability is 0 at any temperature in use."""
 
 _LOGITS, _TASK = "logits", "task"
 
@@ -56,7 +53,7 @@ class PerTask:
         task = batch.get(_TASK)
         if task is None or task.ndim != 1:
             raise SignalError(f"'{self.name}' needs an entry `{_TASK}` [B] in the batch, which says the task of a row")
-        logits = torch.full((len(task), self.width), IMPOSSIBLE, device=task.device)
+        logits = torch.full((len(task), self.width), FOREIGN, device=task.device)
         found: Signals = {_LOGITS: logits} if self._wanted is None or _LOGITS in self._wanted else {}
         for place, name in enumerate(self.ranges):
             rows = (task == place).nonzero().squeeze(1)

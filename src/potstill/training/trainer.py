@@ -105,6 +105,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         check_student(model)
         lesson = Lesson(Learner(model, terms, forward, extension=extension), dict(learners or {}), seed=args.seed)
         lesson.sources = as_sources(teacher, lesson)
+        self._hard = terms.hard_only()
         lesson = lesson if scheme is None else scheme.arrange(lesson)
         module, self.teacher = joined(lesson)
         terms = module.objective
@@ -121,7 +122,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self._batch_tokens = batch_tokens
         self._sharing = Sharing(share_layers)
         self._tables: WeakKeyDictionary[datasets.Dataset, tuple[Any, InMemory | None]] = WeakKeyDictionary()
-        self._hard = terms.hard_only()
         self._parts: dict[str, Tensor] = {}
         self._parts_seen = 0
         self._parts_since = 0
