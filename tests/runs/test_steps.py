@@ -34,8 +34,8 @@ from potstill.runs import folder, judging, steps
 from potstill.runs.cache import Cache
 from potstill.runs.folder import RunFolder
 from potstill.runs.metrics import RunMetrics
-from potstill.runs.teaching import teacher_key
 from potstill.runs.steps import Run, open_run
+from potstill.runs.teaching import teacher_key
 from potstill.training import trainer as engine
 from potstill.training.checkpoints import MARKER
 from potstill.training.trainer import DistillationTrainer

@@ -21,9 +21,9 @@ from potstill.models.load import load_model
 from potstill.recipe.load import recipe_from
 from potstill.runs import teachers
 from potstill.runs.cache import Cache
-from potstill.runs.teaching import teacher_key
 from potstill.runs.steps import Run
 from potstill.runs.teachers import choose_forms, form_of, live_teacher
+from potstill.runs.teaching import teacher_key
 from potstill.teachers import forms, precision
 from potstill.teachers.live import Live
 from potstill.teachers.shared import SharedLayers, Sharing

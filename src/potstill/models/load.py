@@ -1,8 +1,8 @@
 """From a reference in a recipe to a model, and from a saved folder back to it.
 
 A reference is a hub id or a folder of transformers, ``timm:NAME``, ``torchvision:NAME``,
-``torchhub:REPO_OR_DIR/ENTRY``, ``sklearn:CLASS``, ``onnx:FILE``, ``potstill:NAME``, ``package.module:factory``, or a folder that
-potstill saved.
+``torchhub:REPO_OR_DIR/ENTRY``, ``sklearn:CLASS``, ``onnx:FILE``, ``potstill:NAME``, ``package.module:factory``, or a
+folder that potstill saved.
 """
 
 from __future__ import annotations
