@@ -168,10 +168,8 @@ def test_train_takes_the_keys_of_a_recipe(bert: str, distilbert: str) -> None:
         ({"alpha": 1.0}, {"soft": 1.0, "hard": 0.0}),
     ],
 )
-def test_alpha_weighs_the_soft_and_beta_the_hard_loss(
-    judge: str, distilbert: str, config: dict[str, float], expected: dict[str, float]
-) -> None:
-    objective = distiller(judge, distilbert, **config)._objective(labelled=True)
+def test_alpha_weighs_the_soft_and_beta_the_hard_loss(config: dict[str, float], expected: dict[str, float]) -> None:
+    objective = DistillationConfig(**config).answers(labelled=True)
     assert {name: term["weight"] for name, term in objective.items()} == pytest.approx(expected)
 
 
@@ -224,7 +222,7 @@ def test_features_add_terms(judge: str, distilbert: str) -> None:
     made = distiller(judge, distilbert, label_names=["negative", "positive"], **config)
     done = made.distill(table(), table(), args=QUICK)
     assert weights(done)["feature_0"] == 0.5
-    with pytest.raises(TrainingError, match="needs features"):
+    with pytest.raises(TrainingError, match="needs feature_distillation"):
         distiller(judge, distilbert, distillation_type="feature").distill(table(), args=QUICK)
 
 

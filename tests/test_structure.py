@@ -31,7 +31,11 @@ SEES_EVERYTHING = {
     "runs/training.py",
     "runs/teachers.py",
     "runs/teaching.py",
+    "distillation.py",
     "distiller.py",
+    "distiller_data.py",
+    "distiller_models.py",
+    "multi_task.py",
     "__init__.py",
     "__main__.py",
 }

@@ -10,17 +10,21 @@ from potstill._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from potstill.checks.run import preflight as preflight
-    from potstill.distiller import DistillationConfig as DistillationConfig
+    from potstill.distillation import AttentionDistillation as AttentionDistillation
+    from potstill.distillation import DistillationConfig as DistillationConfig
+    from potstill.distillation import FeatureDistillation as FeatureDistillation
+    from potstill.distillation import ProgressiveDistillation as ProgressiveDistillation
     from potstill.distiller import Distiller as Distiller
-    from potstill.distiller import StudentConfig as StudentConfig
-    from potstill.distiller import StudentModel as StudentModel
-    from potstill.distiller import TeacherConfig as TeacherConfig
-    from potstill.distiller import TeacherModel as TeacherModel
+    from potstill.distiller_models import StudentConfig as StudentConfig
+    from potstill.distiller_models import StudentModel as StudentModel
+    from potstill.distiller_models import TeacherConfig as TeacherConfig
+    from potstill.distiller_models import TeacherModel as TeacherModel
     from potstill.knowledge.capture import capture as capture
     from potstill.losses.objective import Objective as Objective
     from potstill.losses.objective import Term as Term
     from potstill.losses.ramps import Ramp as Ramp
     from potstill.models.sklearn_models import SklearnTeacher as SklearnTeacher
+    from potstill.multi_task import MultiTaskDistiller as MultiTaskDistiller
     from potstill.recipe.load import load_recipe as load_recipe
     from potstill.recipe.schema import Recipe as Recipe
     from potstill.runs.steps import Run as Run
@@ -30,13 +34,17 @@ if TYPE_CHECKING:
     from potstill.training.trainer import DistillationTrainer as DistillationTrainer
 
 _PUBLIC = {
+    "AttentionDistillation": "potstill.distillation",
     "Cached": "potstill.teachers.cached",
-    "DistillationConfig": "potstill.distiller",
+    "DistillationConfig": "potstill.distillation",
     "Distiller": "potstill.distiller",
-    "StudentConfig": "potstill.distiller",
-    "StudentModel": "potstill.distiller",
-    "TeacherConfig": "potstill.distiller",
-    "TeacherModel": "potstill.distiller",
+    "FeatureDistillation": "potstill.distillation",
+    "MultiTaskDistiller": "potstill.multi_task",
+    "ProgressiveDistillation": "potstill.distillation",
+    "StudentConfig": "potstill.distiller_models",
+    "StudentModel": "potstill.distiller_models",
+    "TeacherConfig": "potstill.distiller_models",
+    "TeacherModel": "potstill.distiller_models",
     "DistillationModule": "potstill.training.module",
     "DistillationTrainer": "potstill.training.trainer",
     "Live": "potstill.teachers.live",

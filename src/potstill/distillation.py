@@ -45,6 +45,8 @@ class FeatureDistillation:
         loss: a loss of ``potstill list losses`` that compares vectors, such as ``mse`` or ``cosine``.
         project: how a state of another shape is brought to the teacher's: a kind of projector, ``auto`` for a linear
             layer where only the width differs and for nothing where nothing does.
+        mask: the entry of a batch that says which positions count; the tokens that are no padding where layers have
+            numbers. Paths of modules that give a vector per token need ``attention_mask``.
 
     Raises:
         TrainingError: lists that are empty, differ in length or name a layer of the student twice, or a weight below 0.
@@ -63,6 +65,7 @@ class FeatureDistillation:
     feature_loss_weight: float = 1.0
     loss: str = "mse"
     project: str = "auto"
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         teacher, student = list(self.teacher_layers), list(self.student_layers)
@@ -85,9 +88,9 @@ class FeatureDistillation:
     def terms(self, student_heads: int | None = None, teacher_heads: int | None = None) -> dict[str, dict[str, Any]]:
         """Return the terms as a recipe writes them."""
         spec = _hidden(self.loss, self.feature_loss_weight, self.project, self.pairs)
-        return {"feature": spec}
+        return {"feature": spec if self.mask is None else {**spec, "mask": self.mask}}
 
-    def check(self, student: int, teacher: int) -> None:
+    def check(self, student: int, teacher: int, whose: str = "teacher") -> None:
         """Raise if a model of so many blocks lacks a layer.
 
         Raises:
@@ -95,11 +98,9 @@ class FeatureDistillation:
         """
         found = _ratio(student, teacher)
         right = f"teacher_layers={[one for one, _ in found]}, student_layers={[other for _, other in found]}"
-        for whose, depth, layers in (
-            ("teacher", teacher, list(self.teacher_layers)),
-            ("student", student, list(self.student_layers)),
-        ):
-            _check_depth(f"{whose}_layers={layers}", whose, layers, depth, right)
+        taught, own = list(self.teacher_layers), list(self.student_layers)
+        _check_depth(f"teacher_layers={taught}", whose, taught, teacher, right)
+        _check_depth(f"student_layers={own}", "student", own, student, right)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class AttentionDistillation:
         _check_pairs("AttentionDistillation", list(self.layer_mapping.items()))
         _check_weight("attention_loss_weight", self.attention_loss_weight)
         half = next((pair for pair in self.pairs if 0 in pair), None)
-        named = next((layer for pair in self.pairs for layer in pair if isinstance(layer, str)), None)
+        layers: list[Any] = [layer for pair in self.pairs for layer in pair]
+        named = next((layer for layer in layers if isinstance(layer, str)), None)
         if named is not None:
             raise TrainingError(f"expected numbers of blocks in layer_mapping, got '{named}'")
         if half is not None or not self.pairs:
@@ -175,7 +177,7 @@ class AttentionDistillation:
             found["attention_embeddings"] = _hidden("mse", weight, "auto", [(0, 0)])
         return found
 
-    def check(self, student: int, teacher: int) -> None:
+    def check(self, student: int, teacher: int, whose: str = "teacher") -> None:
         """Raise if a model of so many blocks lacks a layer.
 
         Raises:
@@ -184,8 +186,8 @@ class AttentionDistillation:
         embeddings = [(0, 0)] if (0, 0) in self.layer_mapping.items() else []
         right = f"layer_mapping={dict([*embeddings, *_ratio(student, teacher)])}"
         given = dict(self.layer_mapping)
-        for whose, depth, layers in (("teacher", teacher, given.keys()), ("student", student, given.values())):
-            _check_depth(f"layer_mapping={given}", whose, layers, depth, right)
+        _check_depth(f"layer_mapping={given}", whose, given.keys(), teacher, right)
+        _check_depth(f"layer_mapping={given}", "student", given.values(), student, right)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class ProgressiveDistillation:
         pairs = _ratio(self.student_layers, self.teacher_layers)
         return {"progressive": _hidden(self.loss, self.progressive_loss_weight, "auto", pairs)}
 
-    def check(self, student: int, teacher: int) -> None:
+    def check(self, student: int, teacher: int, whose: str = "teacher") -> None:
         """Raise if the models have other numbers of blocks.
 
         Raises:
@@ -272,7 +274,7 @@ class ProgressiveDistillation:
         if (student, teacher) != (self.student_layers, self.teacher_layers):
             raise TrainingError(
                 f"ProgressiveDistillation expected a teacher of {self.teacher_layers} blocks and a student of "
-                f"{self.student_layers}, got a teacher of {teacher} and a student of {student}; say "
+                f"{self.student_layers}, got {teacher} blocks of the {whose} and {student} of the student; say "
                 f"teacher_layers={teacher}, student_layers={student}"
             )
 
@@ -341,7 +343,7 @@ class DistillationConfig:
                 f"distillation_type='{kind}' makes no use of {unused[0]}_distillation; say distillation_type='{right}'"
             )
         if kind != "logit" and not given:
-            name = "feature" if kind == "combined" else kind
+            name: str = "feature" if kind == "combined" else kind
             raise TrainingError(
                 f"distillation_type='{kind}' needs {'a part, such as ' if kind == 'combined' else ''}"
                 f"{name}_distillation={_EXAMPLES[f'{name.title()}Distillation']}"
@@ -382,14 +384,14 @@ class DistillationConfig:
         progressive = self.progressive_distillation
         return {"name": "offline"} if progressive is None else progressive.scheme()
 
-    def check(self, student: int, teacher: int) -> None:
+    def check(self, student: int, teacher: int, whose: str = "teacher") -> None:
         """Raise if a part does not fit models with so many blocks.
 
         Raises:
             TrainingError: says what there is and what would fit.
         """
         for part in self.parts:
-            part.check(student, teacher)
+            part.check(student, teacher, whose)
 
     def _given(self, name: str) -> bool:
         return getattr(self, f"{name}_distillation") is not None or (name == "feature" and bool(self.features))

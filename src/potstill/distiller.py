@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
-from potstill.data.load import Splits, splits_from
+from potstill.data.splits import Splits
 from potstill.distillation import DistillationConfig as DistillationConfig
-from potstill.distiller_data import tables_of, task_section, train_section
+from potstill.distiller_data import splits_of, tables_of, task_section, train_section
 from potstill.distiller_models import (
     ALIASES,
     TRAIN,
@@ -130,15 +130,7 @@ class Distiller:
             label=config.label,
             max_length=config.max_length,
         )
-        label = str(task["label"])
-        has_eval = "test" in tables
-        splits = splits_from(
-            tables,
-            label=label,
-            label_names=config.label_names,
-            validation=0 if has_eval else 0.1,
-            seed=config.seed,
-        )
+        splits = splits_of(tables, str(task["label"]), config.label_names, config.seed)
         train = train_section(args)
         recipe = self._recipe(task, splits, tables, train)
         if output is None and isinstance(args, TrainingArguments):

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, Image
 from transformers import TrainingArguments
 
+from potstill.data.load import Splits, splits_from
 from potstill.errors import DataError
 from potstill.recipe.check_training import MANAGED
 
@@ -103,6 +104,16 @@ def _texts(wanted: str | Sequence[str] | None, train: Dataset, label: str, say: 
         f"expected one column of texts, got the columns {', '.join(train.column_names)}; "
         f"say which as {say}, or two of them for pairs"
     )
+
+
+def splits_of(tables: Mapping[str, Dataset], label: str, names: Sequence[str] | None, seed: int) -> Splits:
+    """Return the splits of tables; what is not given to judge on is carved from the training rows.
+
+    Raises:
+        DataError: labels that are no classes.
+    """
+    validation = 0 if "test" in tables else 0.1
+    return splits_from(tables, label=label, label_names=names, validation=validation, seed=seed)
 
 
 def train_section(args: TrainingArguments | Mapping[str, Any] | None) -> dict[str, Any]:

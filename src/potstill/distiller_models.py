@@ -224,7 +224,7 @@ def layer_terms(
     """
     named = [isinstance(part, FeatureDistillation) and isinstance(part.student_layers[0], str) for part in config.parts]
     if not all(named):
-        config.check(_depth(student, "student"), _depth(teacher, whose))
+        config.check(_depth(student, "student"), _depth(teacher, whose), whose)
     return config.layers(_heads(student), _heads(teacher))
 
 

@@ -696,7 +696,7 @@ POINTS = {
     "in the middle of the teacher's training": at(DistillationTrainer, "training_step", turn=4),
     "while a checkpoint is written": at(Trainer, "_save_optimizer_and_scheduler", turn=3),
     "before a checkpoint is marked": at(engine, "mark_complete", turn=3),
-    "between the teacher's last checkpoint and its model": at(Run, "_save"),
+    "between the teacher's last checkpoint and its model": at(Run, "save"),
     "while the teacher's folder is written": at(steps, "save_model", after=True),
     "while the teacher is put into the cache": at(Cache, "store"),
     "between the preflight and its marker": at(RunFolder, "mark_done"),
@@ -704,7 +704,7 @@ POINTS = {
     "between the teacher's marker and its clean-up": at(RunFolder, "clear", turn=2),
     "in the middle of the baseline's training": at(DistillationTrainer, "training_step", turn=10),
     "in the middle of the distilled student's training": at(DistillationTrainer, "training_step", turn=16),
-    "between the last step and the distilled student's model": at(Run, "_save", turn=3),
+    "between the last step and the distilled student's model": at(Run, "save", turn=3),
     "while the distilled student's folder is written": at(steps, "save_model", turn=3),
     "before any model has answered": at(judging, "predict"),
     "before the figures are written": at(judging, "examples"),
@@ -856,7 +856,7 @@ class TestKilled:
         monkeypatch.chdir(tmp_path / "a")
         cache = Cache(tmp_path / "cache")
         with monkeypatch.context() as patch:
-            at(Run, "_save", turn=3)(patch)
+            at(Run, "save", turn=3)(patch)
             with pytest.raises(Killed):
                 Run(self.asked("accuracy"), "run", bars=False, cache=cache).execute()
         monkeypatch.chdir(tmp_path / "a/b")

@@ -129,7 +129,7 @@ class DetachedHead(Extension):
 
 def _last_linear(model: nn.Module) -> str:
     """Return the path of the last linear layer of a model."""
-    linear = [path for path, module in model.named_modules() if path and isinstance(module, nn.Linear)]
+    linear: list[str] = [path for path, module in model.named_modules() if path and isinstance(module, nn.Linear)]
     if not linear:
         raise ModelError(
             f"separate_heads found no linear layer in {type(model).__name__}; name what gives its logits, as in "
