@@ -54,7 +54,7 @@ ALLOWED = {
     "checks": CORE | {"data", "models", "knowledge", "teachers", "losses", "training", "evaluation"},
     "compression": CORE | {"models", "evaluation"},
     # runs: only for `Recipe.build`; checks: only for their names
-    "recipe": CORE | {"data", "losses", "models", "training", "runs", "checks"},
+    "recipe": CORE | {"data", "losses", "models", "schemes", "training", "runs", "checks"},
     "runs": CORE | {"evaluation"},
     "experiments": CORE | {"evaluation", "runs"},
     "report": CORE | {"evaluation", "runs", "experiments"},

@@ -1,7 +1,7 @@
 """Every scheme with every source of teaching, as tiny recipes, and what comes of each: the docs' table is made of it.
 
 A combination is a recipe on iris with multilayer perceptrons. ``REFUSED`` says what cannot be, and why; all else runs.
-``test_combinations.py`` finds out both. ``python -m tests.runs.combinations --write`` writes ``docs/combinations.json``.
+``test_combinations.py`` finds out both; ``python -m tests.runs.combinations --write`` writes what the docs show.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ REFUSED = [
         "module_replacing",
         "*",
         LAYERS,
-        r"module_replacing: the term '\w+' reads 'body\.\d' of the student, and while blocks of the teacher stand in it",
+        r"module_replacing: the term '\w+' reads 'body\.\d' of the student, and while blocks of the teacher stand in",
         "While blocks of the teacher stand in the student, terms on the student's layers are refused.",
     ),
     Refusal(
@@ -205,7 +205,7 @@ REFUSED = [
         "self",
         ("response",),
         None,
-        "Logits compared with themselves have no gradient: layers learn from deeper ones, and exits from `self/logits`.",
+        "Logits compared with themselves have no gradient; layers learn from deeper ones, exits from `self/logits`.",
     ),
 ]
 
@@ -218,6 +218,13 @@ def refusal(scheme: str, source: str, kind: str) -> Refusal | None:
 def runs(scheme: str, source: str) -> tuple[str, ...]:
     """Return the kinds of terms that can read a source in a scheme; of none there are none to try."""
     return tuple(kind for kind in KINDS if source != "none" and refusal(scheme, source, kind) is None)
+
+
+def tried() -> list[tuple[str, str]]:
+    """Return every scheme with every source; how an ensemble is made is tried in two of them, one way in the others."""
+    ways = [source for source in SOURCES if source.startswith("ensemble:")][:-1]
+    every = [(scheme, source) for scheme in SCHEMES for source in SOURCES]
+    return [(scheme, source) for scheme, source in every if source not in ways or scheme in ("offline", "multi-task")]
 
 
 def read_of(source: str) -> list[str]:
@@ -254,7 +261,9 @@ def tree(scheme: str, source: str, kinds: tuple[str, ...]) -> Tree:
 def _terms(scheme: str, source: str, kinds: tuple[str, ...]) -> Tree:
     """Return the terms of the student, or of who learns first: on the labels, and of each kind for each teacher."""
     made: Tree = {"hard": dict(HARD)}
-    response = {"exits": "exit.1", "separate_heads": "head.logits"}.get(scheme, "logits")
+    response = {"exits": "exit.1" if source == "self" else "logits", "separate_heads": "head.logits"}.get(
+        scheme, "logits"
+    )
     if scheme == "separate_heads":
         made["heads"] = {**HARD, "student": response}
     for place, owner in enumerate(() if source == "none" else read_of(source)):
@@ -295,10 +304,10 @@ def table() -> Tree:
     cells: Tree = {}
     for scheme in SCHEMES:
         for column in COLUMNS:
-            sources = [name for name in SOURCES if name.partition(":")[0] == column]
+            sources = [name for own, name in tried() if own == scheme and name.partition(":")[0] == column]
             refused = [refusal(scheme, source, kind) for source in sources for kind in KINDS]
             cells.setdefault(scheme, {})[column] = {
-                "runs": column == "none" or any(runs(scheme, source) for source in sources),
+                "runs": column == "none" or all(runs(scheme, source) for source in sources),
                 "but": list(dict.fromkeys(each.why for each in refused if each is not None)),
             }
     return {"schemes": SCHEMES, "sources": COLUMNS, "cells": cells}

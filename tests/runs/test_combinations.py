@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
+from potstill.checks.findings import refuse
 from potstill.data.load import Splits
 from potstill.errors import PotstillError
 from potstill.interfaces import Progress
 from potstill.losses.objective import Objective
 from potstill.recipe import build
 from potstill.recipe.load import recipe_from
+from potstill.registry import schemes, teacher_sources
 from potstill.runs import distilling, teaching
 from potstill.runs.cache import Cache
-from potstill.runs.preflight import after_teachers, before_training
+from potstill.runs.preflight import before_training
 from potstill.runs.steps import Run
-from potstill.schemes.lesson import STUDENT
 from potstill.teachers.cached import Cached
 from potstill.teachers.column import Column
 from potstill.teachers.ensemble import Ensemble
@@ -37,8 +37,20 @@ from potstill.teachers.per_task import PerTask
 from potstill.teachers.remote import Remote
 from potstill.training import trainer as engine
 from potstill.training.module import DistillationModule
-from tests.runs.combinations import FEATURES, GRAPH, MULTI, SOFT, URL, BASE, SOURCES, Tree
+from potstill.training.trainer import DistillationTrainer
+from tests.runs import combinations
+from tests.runs.combinations import GRAPH, KINDS, SCHEMES, SOFT, SOURCES, URL, Tree, refusal, runs, tried
 from tests.teachers.served import Served
+
+TRAININGS = {
+    "born_again": ("generation-1", "distilled"),
+    "assistant": ("mid", "distilled"),
+    "stages": ("distilled/first", "distilled/second"),
+}
+"""The trainings of a scheme that read teachers, where there are several."""
+
+LITTLE = 1e-5
+"""Below it a gradient is that of rounding."""
 
 ASKED = (Live, Deferred, Cached, Ensemble, MovingAverage, Column, PerTask, Remote)
 
@@ -237,9 +249,167 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def go_back(run: Run) -> None:
-    """Make a run what one is that was killed after two steps of every training that learns from others."""
+    """Make a run what it would be, had it been killed two steps into every training that learns from others."""
     for path in (run.folder / "checkpoints").rglob("checkpoint-4"):
         shutil.rmtree(path)
     shutil.rmtree(run.folder / "cache/teachers", ignore_errors=True)
     for folder in (run.folder / "models").iterdir():
         shutil.rmtree(folder)
+
+
+class Killed(BaseException):
+    """What stands for a kill: nothing catches it."""
+
+
+def kill_in(patch: pytest.MonkeyPatch, training: str, step: int) -> None:
+    """End the process before the next step of a training, once so many are done."""
+    original = DistillationTrainer.training_step
+
+    def watched(self: DistillationTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.args.output_dir.endswith(f"checkpoints/{training}") and self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    patch.setattr(DistillationTrainer, "training_step", watched)
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    folder = tmp_path_factory.mktemp("stand")
+    with Served(_answer) as server:
+        yield Stand(folder, server)
+
+
+def _needs(stand: Stand, source: str) -> None:
+    if source == "onnx":
+        for name, classes in (("one", 3), ("multi", 6)):
+            if not (path := stand.folder / f"{name}.onnx").exists():
+                _graph(path, classes)
+
+
+BROKEN = {
+    ("exits", "joint"): "a joint teacher without terms of its own gets those on exits, which it has not",
+    ("separate_heads", "joint"): "likewise those on head.logits",
+    ("multi-task", "per_task"): "recipes do not find the teacher of TASK/SIGNAL",
+}
+"""What should run and does not."""
+
+PAIRS = [
+    pytest.param(
+        scheme,
+        source,
+        id=f"{scheme}-{source}",
+        marks=[pytest.mark.xfail(reason=BROKEN[scheme, source], strict=True)] if (scheme, source) in BROKEN else [],
+    )
+    for scheme, source in tried()
+    if source == "none" or runs(scheme, source)
+]
+REFUSALS = [
+    (scheme, source, kind)
+    for scheme, source in tried()
+    for kind in KINDS
+    if refusal(scheme, source, kind) is not None and (kind != "relation" or scheme == "offline")
+]
+
+
+@pytest.mark.parametrize(("scheme", "source"), PAIRS)
+def test_it_runs_and_teaches_and_goes_on_to_the_same_bits(
+    stand: Stand, tmp_path: Path, scheme: str, source: str
+) -> None:
+    """With every kind of term that can be at once."""
+    _needs(stand, source)
+    tree = stand.tree(combinations.tree(scheme, source, runs(scheme, source)))
+    posted = len(stand.server.requests)
+    if scheme == "offline":
+        refuse(before_training(stand.run(tree, tmp_path / "run")))
+    with pytest.MonkeyPatch.context() as patch:
+        seen = watch(patch)
+        run = learn(stand, tree, tmp_path / "run")
+    assert set(SOURCES[source]) - _learning(tree) - set(seen.asked) == set(), "a teacher was not asked"
+    assert source != "http" or len(stand.server.requests) > posted
+    assert {key for key, pull in seen.pull.items() if pull < LITTLE} == set(), "terms without a gradient"
+    assert {name for name, _, _ in seen.pull} | {"distilled"} >= {name for name in TRAININGS.get(scheme, ())}
+    _assert_all_learn(run)
+    wanted = state(run)
+    if scheme == "stages":
+        run = stand.run(tree, tmp_path / "again")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            kill_in(patch, "distilled/second", 3)
+            learn(stand, tree, tmp_path / "again")
+    else:
+        go_back(run)
+    run = learn(stand, tree, run.folder.path)
+    resumed = [event["resumed_from"] for event in run.folder.events() if event["event"] == "training"]
+    assert resumed[-1] == "checkpoint-2"
+    found = state(run)
+    assert found.keys() == wanted.keys()
+    assert [key for key, value in wanted.items() if not torch.equal(found[key], value)] == []
+
+
+def _learning(tree: Tree) -> set[str]:
+    return {name for name, spec in tree["teachers"].items() if spec.get("train") == "jointly"}
+
+
+def _assert_all_learn(run: Run) -> None:
+    """Every model, projector, exit and average moves between the two checkpoints: one that is in no optimizer stays."""
+    for folder in (run.folder / "checkpoints").rglob("checkpoint-4"):
+        for path in folder.rglob("*.safetensors"):
+            before = load_file(folder.with_name("checkpoint-2") / path.relative_to(folder))
+            after = load_file(path)
+            assert before.keys() == after.keys()
+            assert not after or any(not torch.equal(after[key], value) for key, value in before.items()), path
+
+
+@pytest.mark.parametrize(("scheme", "source", "kind"), REFUSALS)
+def test_what_cannot_be_is_refused(stand: Stand, tmp_path: Path, scheme: str, source: str, kind: str) -> None:
+    _needs(stand, source)
+    said = refusal(scheme, source, kind)
+    assert said is not None
+    tree = stand.tree(combinations.tree(scheme, source, (kind,)))
+    if said.message is None:
+        with pytest.MonkeyPatch.context() as patch:
+            seen = watch(patch)
+            learn(stand, tree, tmp_path / "run")
+        idle = {key: pull for key, pull in seen.pull.items() if key[2].startswith(kind)}
+        assert idle
+        assert max(idle.values()) < LITTLE
+        return
+    with pytest.raises(PotstillError, match=said.message):
+        refuse(before_training(stand.run(tree, tmp_path / "run")))
+        learn(stand, tree, tmp_path / "run")
+
+
+def test_every_component_is_in_the_table() -> None:
+    """A new scheme or source is not forgotten."""
+    assert set(schemes.names()) <= set(SCHEMES)
+    named = {name for teachers in SOURCES.values() for spec in teachers.values() for name in _source(spec)}
+    assert named == set(teacher_sources.names()) - {"openai"}
+
+
+def _source(spec: Tree) -> list[str]:
+    source = spec.get("source")
+    return [] if source is None else list(source)
+
+
+def test_the_table_of_the_docs_is_that_of_these_tests() -> None:
+    assert combinations.FILE.read_text(encoding="utf-8") == combinations.written(), (
+        "stale: run `python -m tests.runs.combinations --write`"
+    )
+
+
+def test_the_table_says_what_is_tested() -> None:
+    """A tick stands for tests that ran; what is refused has its reason in the cell."""
+    ran = {(each.values[0], str(each.values[1]).partition(":")[0]) for each in PAIRS}
+    table = combinations.table()
+    for scheme, row in table["cells"].items():
+        for column, cell in row.items():
+            assert cell["runs"] == ((scheme, column) in ran)
+            reasons = {
+                each.why
+                for own, source, kind in REFUSALS
+                if own == scheme and source.partition(":")[0] == column
+                for each in [refusal(own, source, kind)]
+                if each is not None
+            }
+            assert set(cell["but"]) == reasons
+            assert cell["runs"] or cell["but"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor
 from potstill.checks.batches import batch_size
 from potstill.checks.subject import Feed, Subject
 from potstill.checks.watch import preserved
-from potstill.interfaces import Batch
+from potstill.interfaces import Batch, TeacherSource
+from potstill.losses.objective import Objective, Term
 from potstill.models.origins import TextProcessor
 from potstill.teachers.cached import uncached
 from potstill.teachers.live import Several
+from potstill.training.module import DistillationModule
 
 _JUDGED = 512
 
@@ -32,7 +35,7 @@ def subject_of(trainer: Any, *, strict: bool = False) -> Subject:
     tables = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
     subject = Subject(
         module.student,
-        module.objective,
+        _answered(module, teachers),
         batch,
         teachers=teachers,
         forward=module._respond,
@@ -50,6 +53,23 @@ def subject_of(trainer: Any, *, strict: bool = False) -> Subject:
     subject.feeds, subject.texts = _feeds(trainer, subject)
     subject.optimizer = partial(_optimizer, trainer)
     return subject
+
+
+def _answered(module: DistillationModule, teachers: Mapping[str, TeacherSource]) -> Objective:
+    """Return the terms that the student and these teachers answer: not those of other learners and of itself."""
+    if len(module.learners) == 1 and module.extension is None and not module.own_taps():
+        return module.objective
+    alone = len(teachers) + len(module.learners) == 2
+
+    def known(term: Term) -> bool:
+        others = {signal for signal in term.teacher if signal.partition("/")[0] not in teachers}
+        made = module.extension is not None and any(module.extension.makes(signal) for signal in term.student)
+        return not made and (
+            not others or (alone and bool(teachers) and not any(s.startswith("self/") for s in others))
+        )
+
+    terms = {name: term for name, term in module.objective.named_terms() if term.hard or known(term)}
+    return Objective(terms, response_mask=module.objective.response_mask) if terms else module.objective.hard_only()
 
 
 def _first(loader: Any) -> Batch:

@@ -60,28 +60,29 @@ def fill(
     """
     set_up_logging(quiet=quiet, verbose=verbose)
     from potstill.recipe.load import load_recipe
-    from potstill.runs.caching import cache_settings
+    from potstill.runs.caching import cache_settings, cached_teachers
     from potstill.runs.filling import fill, forecast
     from potstill.runs.plan import Plan
     from potstill.runs.steps import Run
 
     loaded = load_recipe(recipe, overrides or [], allow_code=allow_code)
-    if not loaded.all_teachers:
+    made = Plan(loaded, allow_code=allow_code)
+    names = cached_teachers(made)
+    if not names:
         from potstill.errors import RunError
 
-        raise RunError("the recipe has no teacher, so there is nothing to cache")
-    for name in loaded.all_teachers:
-        cache_settings(loaded, name, strict=True)  # what cannot be cached is said before a teacher is trained
+        raise RunError("the recipe has no teacher whose answers could be kept: a model that is trained by then")
+    for name in names:
+        cache_settings(made.recipe, name, strict=True)  # what cannot be cached is said before a teacher is trained
     if plan:
-        made = Plan(loaded, allow_code=allow_code)
-        for name in loaded.all_teachers:
+        for name in names:
             print_cache(forecast(made, name))
         return
     bars = False if quiet or not is_first_process() else None
     run = Run(loaded, output, allow_code=allow_code, bars=bars, strict=True)
     try:
         run.prepare_teachers()
-        for name in loaded.all_teachers:
+        for name in names:
             counts = fill(run, name)
             if is_first_process():
                 typer.echo(f"{name}: {counts.made} answers made, {counts.found} were there")

@@ -30,6 +30,7 @@ def plan(
     set_up_logging(quiet=True, verbose=verbose)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch, whose profiler talks to standard error
     from potstill.recipe.load import load_recipe
+    from potstill.runs.caching import cached_teachers
     from potstill.runs.filling import forecast
     from potstill.runs.forecast import Trial
     from potstill.runs.plan import Plan
@@ -39,7 +40,7 @@ def plan(
     found = trial.forecast()
     _print(found)
     if found.can_be_cached:
-        for name in meant.recipe.all_teachers:
+        for name in cached_teachers(meant):
             print_cache(forecast(meant, name))
     if profile is not None:
         _print_profile(trial.profile(steps=steps, trace=profile))

@@ -23,6 +23,7 @@ from potstill.teachers.cached import Cached
 from potstill.teachers.live import Deferred
 
 if TYPE_CHECKING:
+    from potstill.runs.plan import Plan
     from potstill.runs.steps import Run
 
 logger = logging.getLogger("potstill")
@@ -110,6 +111,13 @@ def cache_settings(recipe: Recipe, name: str, *, strict: bool = False) -> CacheS
     if asked == "auto" and not strict and (views is None or train.epochs <= views):
         return None
     return asked if isinstance(asked, CacheSpec) else CacheSpec()
+
+
+def cached_teachers(plan: Plan) -> list[str]:
+    """Return the teachers whose answers can be kept ahead of the training: models trained by then, and read."""
+    fixed = [name for name, spec in plan.recipe.model_teachers.items() if spec.joint is None and spec.task is None]
+    several = len(fixed) > 1 or len(plan.recipe.all_teachers) > 1
+    return [name for name in fixed if not several or build.signals_of(plan.recipe, [plan.make_objective()], name)]
 
 
 def _identity(run: Run, name: str, taps: list[str]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def forecast(plan: Plan, name: str, *, batches: int = 5) -> CachePlan:
     device = process_state().device
     task = build.prepared_for_distillation(recipe, plan.task, plan.processors)
     shares = _Shares(plan)
-    built = build.make_blueprint(recipe.all_teachers[name]).make(
+    built = build.teacher_blueprint(recipe, name).make(
         plan.task_of(name).facts(), seed=recipe.seed, allow_code=plan.allow_code
     )
     fit_teacher(plan, name, built.model)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.data.batching import InMemory
-from potstill.errors import TrainingError
+from potstill.errors import RunError, TrainingError
 from potstill.interfaces import Batch, Signals, TeacherSource
 from potstill.recipe import arguments, build
 from potstill.recipe.schema import TrainSpec
@@ -74,9 +74,25 @@ class Trial:
 
     Args:
         plan: what the recipe means; its teachers need not be trained.
+
+    Raises:
+        RunError: the recipe has stages, a scheme that changes who learns, or teachers that are no fixed models.
     """
 
     def __init__(self, plan: Plan) -> None:
+        recipe = plan.recipe
+        moving = [
+            *recipe.joint_teachers,
+            *(name for name, spec in recipe.all_teachers.items() if spec.source is not None),
+        ]
+        if moving or recipe.stages or recipe.scheme.name not in ("offline", "progressive"):
+            what = (
+                f"the teacher '{moving[0]}'" if moving else "`stages`" if recipe.stages else f"`{recipe.scheme.name}`"
+            )
+            raise RunError(
+                f"a forecast is of one training with fixed models for teachers, and this recipe has {what}; time a "
+                "short run instead, as with `train.max_steps=20`"
+            )
         self.plan = plan
         self.device = process_state().device
         self.folder = tempfile.TemporaryDirectory()
@@ -154,7 +170,7 @@ class Trial:
         found: dict[str, TeacherSource] = {}
         for name, spec in recipe.all_teachers.items():
             facts = plan.task_of(name).facts()
-            model = build.make_blueprint(spec).build(facts, seed=recipe.seed, allow_code=plan.allow_code)
+            model = build.teacher_blueprint(recipe, name).build(facts, seed=recipe.seed, allow_code=plan.allow_code)
             fit_teacher(plan, name, model)
             taps = build.teacher_taps(recipe, plan.objective, name)
             prefix = build.teacher_prefix(recipe, name)

@@ -34,6 +34,9 @@ class Column:
         name: what it is called in messages.
     """
 
+    reads_rows = True
+    """It finds its answers by the number of a row of its table, and knows no others."""
+
     def __init__(self, logits: Tensor, sample_id: Tensor | None = None, name: str = "teacher") -> None:
         self.logits, self.name = logits, name
         ids = torch.arange(len(logits)) if sample_id is None else sample_id

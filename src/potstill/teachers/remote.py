@@ -68,6 +68,9 @@ class Remote:
             came and how often it was tried.
     """
 
+    reads_rows = True
+    """It finds its answers by the number of a row of its table, and knows no others."""
+
     def __init__(
         self,
         client: Client,

@@ -103,6 +103,11 @@ class Agreement(TrainerCallback):  # type: ignore[misc]
         if trainer is None or trainer.teacher is None or trainer.eval_dataset is None:
             return
         if self._answers is None:
+            if _reads_rows(trainer.teacher):
+                raise TrainingError(
+                    "agreement asks the teacher about the validation split, and this one knows the rows of the "
+                    "training split alone; leave out the callback"
+                )
             self._answers = _argmax(trainer, uncached(trainer.teacher))  # a cache is of the training samples
         module = trainer.distillation_module
         was_training = module.student.training
@@ -188,6 +193,12 @@ class Epochs(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch before the loader is asked for its first batch."""
         self.dataset.set_epoch(int(state.epoch or 0))
+
+
+def _reads_rows(source: Any) -> bool:
+    """Return whether a teacher, or one of several, finds its answers by the number of a row."""
+    each = source.teachers.values() if hasattr(source, "teachers") else [source]
+    return any(getattr(uncached(one), "reads_rows", False) for one in each)
 
 
 def _best(metric: str, greater_is_better: bool | None) -> Mapping[str, Any]:

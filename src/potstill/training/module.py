@@ -100,13 +100,13 @@ class DistillationModule(nn.Module):
         """Return each term's number of valid positions; see :meth:`Objective.counts`."""
         return self.objective.counts(batch)
 
-    def _own(self, progress: Progress | None) -> list[str]:
+    def own_taps(self, progress: Progress | None = None) -> list[str]:
         """Return the signals that the student teaches itself."""
         read = self.objective.taps("teacher", progress)
         return [name.removeprefix(_OWN) for name in read if name.startswith(_OWN)]
 
     def _taps(self, progress: Progress | None, also: Collection[str] = ()) -> list[str]:
-        wanted = [*self.objective.taps("student", progress), *self._own(progress), *also]
+        wanted = [*self.objective.taps("student", progress), *self.own_taps(progress), *also]
         extension = self.extension
         if extension is not None:
             wanted = [*(name for name in wanted if not extension.makes(name)), *extension.taps()]
@@ -201,7 +201,7 @@ class DistillationModule(nn.Module):
 
     def own_signals(self, said: Signals, progress: Progress | None = None) -> Signals:
         """Return what the student teaches itself, as ``self/SIGNAL``."""
-        return {f"{_OWN}{name}": said[name] for name in self._own(progress)}
+        return {f"{_OWN}{name}": said[name] for name in self.own_taps(progress)}
 
     @torch.no_grad()
     def dry_run(self, batch: Batch, also: Collection[str] = ()) -> Signals:
