@@ -1,4 +1,4 @@
-"""Every scheme with every source: it runs, the source teaches, and a training that was stopped ends with the same bits."""
+"""Every scheme with every source: it runs, the source teaches, and a killed training ends with the same bits."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from potstill.interfaces import Progress
 from potstill.losses.objective import Objective
 from potstill.recipe import build
 from potstill.recipe.load import recipe_from
+from potstill.recipe.schema import Recipe
 from potstill.registry import schemes, teacher_sources
 from potstill.runs import distilling, teaching
 from potstill.runs.cache import Cache
@@ -56,11 +57,15 @@ ASKED = (Live, Deferred, Cached, Ensemble, MovingAverage, Column, PerTask, Remot
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """Every training begins with a full garbage collection, which need not look through all that was imported."""
-    gc.freeze()
+def _thawed() -> Iterator[None]:
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _quick_collection(_thawed: None) -> None:
+    """Every training begins with a full garbage collection, which need not look through all that was before."""
+    gc.freeze()
 
 
 @dataclass
@@ -71,28 +76,25 @@ class Stand:
     server: Served
     splits: dict[str, Splits] = field(default_factory=dict)
 
-    def tree(self, tree: Tree) -> Tree:
+    def recipe(self, tree: Tree) -> Recipe:
         """The recipe with the address of the server and the file of the graph."""
-        kind = "multi" if tree["task"]["name"] == "multi-task" else "one"
-        text = json.dumps(tree).replace(f'"{URL}"', f'"{self.server.url}/{6 if kind == "multi" else 3}"')
-        text = text.replace(f"onnx:{GRAPH}", f"onnx:{self.folder / kind}.onnx")
-        found: Tree = json.loads(text)
-        return found
+        kind, classes = ("multi", 6) if tree["task"]["name"] == "multi-task" else ("one", 3)
+        text = json.dumps(tree).replace(f'"{URL}"', f'"{self.server.url}/{classes}"')
+        if GRAPH in text and not (self.folder / f"{kind}.onnx").exists():
+            _graph(self.folder / f"{kind}.onnx", classes)
+        return recipe_from(json.loads(text.replace(f"onnx:{GRAPH}", f"onnx:{self.folder / kind}.onnx")))
 
-    def data(self, tree: Tree) -> Splits:
-        """The splits with soft labels."""
-        name = tree["task"]["name"]
+    def data(self, recipe: Recipe) -> Splits:
+        """The splits with soft labels, read once."""
+        name = recipe.task.name
         if name not in self.splits:
-            read = build.make_splits(
-                recipe_from({**tree, "teachers": {}, "objective": {"hard": {"loss": "cross_entropy"}}})
-            )
-            self.splits[name] = replace(
-                read, **{split: _with_soft_labels(getattr(read, split)) for split in ("train", "validation", "test")}
-            )
+            read = build.make_splits(recipe)
+            softened = {each: _with_soft_labels(getattr(read, each)) for each in ("train", "validation", "test")}
+            self.splits[name] = replace(read, **softened)
         return self.splits[name]
 
-    def run(self, tree: Tree, folder: Path) -> Run:
-        return Run(recipe_from(tree), folder, bars=False, cache=Cache(folder / "cache"), splits=self.data(tree))
+    def run(self, recipe: Recipe, folder: Path) -> Run:
+        return Run(recipe, folder, bars=False, cache=Cache(folder / "cache"), splits=self.data(recipe))
 
     def teachers(self, run: Run) -> None:
         """Give a run the teachers that learn from the labels alone, trained once for all."""
@@ -213,9 +215,9 @@ def _before(patch: pytest.MonkeyPatch, owner: Any, name: str, look: Callable[...
     patch.setattr(owner, name, watched)
 
 
-def learn(stand: Stand, tree: Tree, folder: Path) -> Run:
+def learn(stand: Stand, recipe: Recipe, folder: Path) -> Run:
     """What a run does between the preflight and the evaluation, with checkpoints and models left where they are."""
-    run = stand.run(tree, folder)
+    run = stand.run(recipe, folder)
     run.folder.path.mkdir(parents=True, exist_ok=True)
     stand.teachers(run)
     for name in run.recipe.all_teachers:
@@ -273,18 +275,19 @@ def kill_in(patch: pytest.MonkeyPatch, training: str, step: int) -> None:
     patch.setattr(DistillationTrainer, "training_step", watched)
 
 
+def killed_in_the_second_stage(stand: Stand, recipe: Recipe, folder: Path) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_in(patch, "distilled/second", 3)
+        with pytest.raises(Killed):
+            learn(stand, recipe, folder)
+    return stand.run(recipe, folder)
+
+
 @pytest.fixture(scope="module")
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     folder = tmp_path_factory.mktemp("stand")
     with Served(_answer) as server:
         yield Stand(folder, server)
-
-
-def _needs(stand: Stand, source: str) -> None:
-    if source == "onnx":
-        for name, classes in (("one", 3), ("multi", 6)):
-            if not (path := stand.folder / f"{name}.onnx").exists():
-                _graph(path, classes)
 
 
 BROKEN = {
@@ -317,37 +320,29 @@ def test_it_runs_and_teaches_and_goes_on_to_the_same_bits(
     stand: Stand, tmp_path: Path, scheme: str, source: str
 ) -> None:
     """With every kind of term that can be at once."""
-    _needs(stand, source)
-    tree = stand.tree(combinations.tree(scheme, source, runs(scheme, source)))
+    recipe = stand.recipe(combinations.tree(scheme, source, runs(scheme, source)))
     posted = len(stand.server.requests)
     if scheme == "offline":
-        refuse(before_training(stand.run(tree, tmp_path / "run")))
+        refuse(before_training(stand.run(recipe, tmp_path / "run")))
     with pytest.MonkeyPatch.context() as patch:
         seen = watch(patch)
-        run = learn(stand, tree, tmp_path / "run")
-    assert set(SOURCES[source]) - _learning(tree) - set(seen.asked) == set(), "a teacher was not asked"
+        run = learn(stand, recipe, tmp_path / "run")
+    assert set(SOURCES[source]) - set(recipe.joint_teachers) - set(seen.asked) == set(), "a teacher was not asked"
     assert source != "http" or len(stand.server.requests) > posted
     assert {key for key, pull in seen.pull.items() if pull < LITTLE} == set(), "terms without a gradient"
-    assert {name for name, _, _ in seen.pull} | {"distilled"} >= {name for name in TRAININGS.get(scheme, ())}
+    assert source == "none" or {name for name, _, _ in seen.pull} >= set(TRAININGS.get(scheme, ("distilled",)))
     _assert_all_learn(run)
     wanted = state(run)
     if scheme == "stages":
-        run = stand.run(tree, tmp_path / "again")
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            kill_in(patch, "distilled/second", 3)
-            learn(stand, tree, tmp_path / "again")
+        run = killed_in_the_second_stage(stand, recipe, tmp_path / "again")
     else:
         go_back(run)
-    run = learn(stand, tree, run.folder.path)
+    run = learn(stand, recipe, run.folder.path)
     resumed = [event["resumed_from"] for event in run.folder.events() if event["event"] == "training"]
     assert resumed[-1] == "checkpoint-2"
     found = state(run)
     assert found.keys() == wanted.keys()
     assert [key for key, value in wanted.items() if not torch.equal(found[key], value)] == []
-
-
-def _learning(tree: Tree) -> set[str]:
-    return {name for name, spec in tree["teachers"].items() if spec.get("train") == "jointly"}
 
 
 def _assert_all_learn(run: Run) -> None:
@@ -362,21 +357,24 @@ def _assert_all_learn(run: Run) -> None:
 
 @pytest.mark.parametrize(("scheme", "source", "kind"), REFUSALS)
 def test_what_cannot_be_is_refused(stand: Stand, tmp_path: Path, scheme: str, source: str, kind: str) -> None:
-    _needs(stand, source)
     said = refusal(scheme, source, kind)
     assert said is not None
-    tree = stand.tree(combinations.tree(scheme, source, (kind,)))
-    if said.message is None:
-        with pytest.MonkeyPatch.context() as patch:
-            seen = watch(patch)
-            learn(stand, tree, tmp_path / "run")
-        idle = {key: pull for key, pull in seen.pull.items() if key[2].startswith(kind)}
-        assert idle
-        assert max(idle.values()) < LITTLE
+    recipe = stand.recipe(combinations.tree(scheme, source, (kind,)))
+    if said.message is not None:
+        with pytest.raises(PotstillError, match=said.message):
+            _prepared_and_learned(stand, recipe, tmp_path / "run")
         return
-    with pytest.raises(PotstillError, match=said.message):
-        refuse(before_training(stand.run(tree, tmp_path / "run")))
-        learn(stand, tree, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        seen = watch(patch)
+        learn(stand, recipe, tmp_path / "run")
+    idle = {key: pull for key, pull in seen.pull.items() if key[2].startswith(kind)}
+    assert idle
+    assert max(idle.values()) < LITTLE
+
+
+def _prepared_and_learned(stand: Stand, recipe: Recipe, folder: Path) -> None:
+    refuse(before_training(stand.run(recipe, folder)))
+    learn(stand, recipe, folder)
 
 
 def test_every_component_is_in_the_table() -> None:

@@ -14,7 +14,7 @@ from potstill.interfaces import Task
 from potstill.losses.objective import Objective
 from potstill.models.freezing import freeze
 from potstill.recipe import build
-from potstill.recipe.generations import spread_out
+from potstill.recipe.generations import GENERATION, spread_out
 from potstill.recipe.schema import Recipe
 from potstill.runs.layers import find_layers
 
@@ -66,12 +66,16 @@ class Plan:
         return find_layers(self)
 
     def seed_of(self, name: str) -> int:
-        """Return the seed of a model: the recipe's, and another for each further teacher, else like ones were equal."""
+        """Return the seed of a model: the recipe's, and another for each further teacher, else like ones were equal.
+
+        A peer or an earlier generation of the student never begins as the student does.
+        """
         teachers = list(self.recipe.all_teachers)
         if name not in teachers:
             return self.recipe.seed
-        own = self.recipe.all_teachers[name].seed
-        return (self.recipe.seed if own is None else own) + 1_000_003 * teachers.index(name)
+        spec = self.recipe.all_teachers[name]
+        place = teachers.index(name) + (spec.joint is not None or name.startswith(GENERATION))
+        return (self.recipe.seed if spec.seed is None else spec.seed) + 1_000_003 * place
 
     def with_recipe(self, recipe: Recipe) -> Plan:
         """Return another plan for the same data, task and models, such as that of a stage of the training."""

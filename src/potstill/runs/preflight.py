@@ -127,7 +127,7 @@ class _Setup:
             run = self.run
             facts = run.task_of(name).facts()
             made = build.teacher_blueprint(run.recipe, name).make(
-                facts, seed=run.recipe.seed, allow_code=run.allow_code
+                facts, seed=run.seed_of(name), allow_code=run.allow_code
             )
             self.models[name] = made
         return self.models[name]
