@@ -149,7 +149,7 @@ class Term(nn.Module):
         if "mask" in self._accepts:
             keywords["mask"] = self.mask_of(batch, response_mask)
         if self.own_mask:
-            arguments, keywords = self._rows(arguments, keywords)
+            arguments, keywords = self._rows(arguments, keywords, batch)
             self._check_padding(arguments[0], keywords["mask"], batch)
         if self.needs_labels and keywords["labels"] is None:
             raise ObjectiveError(f"{self.loss_name} compares with labels and the batch has none; drop the term")
@@ -157,16 +157,18 @@ class Term(nn.Module):
         value: Tensor = self.loss(*arguments, **keywords, **options)
         return value if self.scale == Scale() else value * self._scale_of(arguments[0], options)
 
-    def _rows(self, arguments: list[Any], keywords: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Leave the samples out that a mask ``[B]`` leaves out, which a loss that masks positions knows nothing of."""
+    def _rows(self, arguments: list[Any], keywords: dict[str, Any], batch: Batch) -> tuple[list[Any], dict[str, Any]]:
+        """Leave the samples out that a mask ``[B]`` leaves out, and give a loss that masks positions their tokens."""
         mask = keywords["mask"]
         if mask is None or mask.ndim > 1:
             return arguments, keywords
+        tokens = None if self._tokens is None else _as_bool(batch.get(self._tokens))
         if self.per == "batch":
             kept = mask if bool(mask.any()) else torch.ones_like(mask)
             arguments = [tuple(s[kept] for s in a) if isinstance(a, tuple) else a[kept] for a in arguments]
             keywords = {k: v[kept] if isinstance(v, Tensor) and k != "mask" else v for k, v in keywords.items()}
-        return arguments, {**keywords, "mask": None}
+            tokens = None if tokens is None else tokens[kept]
+        return arguments, {**keywords, "mask": tokens}
 
     def _check_padding(self, signal: Any, mask: Tensor | None, batch: Batch) -> None:
         """Raise if padding would count in a loss that masks by itself and was given no mask."""
@@ -223,7 +225,7 @@ class Term(nn.Module):
         if self.mask is not None:
             if self.mask not in batch:
                 raise ObjectiveError(f"mask '{self.mask}' is not in the batch; {did_you_mean(self.mask, batch)}")
-            return _as_bool(batch[self.mask])
+            return self._of_tokens(_as_bool(batch[self.mask]), batch)
         labels = batch.get("labels")
         if self.hard:
             return None if labels is None else _labelled(labels, self.probabilities)
@@ -235,6 +237,13 @@ class Term(nn.Module):
             known = ids != IGNORED
             mask = known if mask is None or mask.shape != known.shape else mask & known
         return mask
+
+    def _of_tokens(self, rows: Tensor | None, batch: Batch) -> Tensor | None:
+        """Return a mask of samples, for a signal with a vector per token as one of their tokens without the padding."""
+        tokens = None if self._tokens is None or self.own_mask else _as_bool(batch.get(self._tokens))
+        if rows is None or rows.ndim > 1 or tokens is None:
+            return rows
+        return tokens & rows[:, None]
 
     def counted(self, batch: Batch, response_mask: Callable[[Batch], Tensor | None] | None = None) -> Tensor | None:
         """Return the mask by which values are counted: of samples ``[B]`` where the loss gives one value for each.

@@ -324,6 +324,10 @@ def signals_of(
     found = [signal.partition("/")[2] for signal in read for owner in owners if signal.startswith(f"{owner}/")]
     if len(recipe.all_teachers if among is None else among) == 1:
         found += [signal for signal in read if not signal.startswith((f"{name}/", "self/"))]
+    task = recipe.all_teachers[name].task
+    if task is not None:  # a source of several tasks calls what it reads of the teacher of one `TASK/SIGNAL`
+        found = [signal.removeprefix(f"{task}/") for signal in found]
+        found = [signal for signal in found if "/" not in signal]
     return list(dict.fromkeys(found))
 
 
