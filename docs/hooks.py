@@ -3,7 +3,8 @@
 A table below a comment ``<!-- schema: TrainSpec -->`` has the columns key, type, default, and must agree with that
 section of ``potstill.recipe.schema`` or that class of ``potstill.runs.metrics``; one below ``<!-- components: losses
 -->`` has the columns name, options, and each row must agree with the signature of that component; of losses also with
-what they give their values for and the weight that was published.
+what they give their values for and the weight that was published. In place of ``<!-- combinations -->`` comes the table
+of ``combinations.json``, which tests keep.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import re
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -28,6 +30,7 @@ from potstill.runs import metrics
 log = logging.getLogger("mkdocs.hooks.potstill")  # a warning of it ends a strict build
 
 _TABLE = re.compile(r"<!-- schema: (\w+) -->\n+((?:\|.*\n)+)")
+_COMBINATIONS = "<!-- combinations -->"
 _COMPONENTS = re.compile(r"<!-- components: (\w+) -->\n+((?:\|.*\n)+)")
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything", type(None): "null"}
 _BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
@@ -45,7 +48,25 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     for what, name in _wanted(page.file.src_uri):
         if f"`{name}`" not in markdown:
             log.warning("%s: the %s `%s` is missing", page.file.src_uri, what, name)
-    return markdown
+    if _COMBINATIONS not in markdown:
+        return markdown
+    tree = json.loads(Path(__file__).with_name("combinations.json").read_text(encoding="utf-8"))
+    return markdown.replace(_COMBINATIONS, combinations_table(tree))
+
+
+def combinations_table(tree: Mapping[str, Any]) -> str:
+    """Return who can learn how from whom as a table: a row a scheme, a column a source, reasons below by number."""
+    schemes, sources, cells = tree["schemes"], tree["sources"], tree["cells"]
+    reasons = list(dict.fromkeys(why for row in cells.values() for cell in row.values() for why in cell["but"]))
+    lines = [f"| | {' | '.join(sources.values())} |", f"|---|{':-:|' * len(sources)}"]
+    for scheme, called in schemes.items():
+        row = []
+        for source in sources:
+            cell = cells[scheme][source]
+            notes = ", ".join(str(reasons.index(why) + 1) for why in cell["but"])
+            row.append(("✓" if cell["runs"] else "–") + (f"<sup>{notes}</sup>" if notes else ""))
+        lines.append(f"| {called} | {' | '.join(row)} |")
+    return "\n".join([*lines, "", *(f"{number}. {why}" for number, why in enumerate(reasons, 1))])
 
 
 def _wanted(page: str) -> list[tuple[str, str]]:

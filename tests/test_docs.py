@@ -43,7 +43,7 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     assert len(found) > 1
     names: dict[str, object] = {"__name__": page}
     for block in found:
-        exec(compile(block, page, "exec"), names)
+        exec(compile(block, page, "exec", dont_inherit=True), names)
 
 
 SNIPPETS = [pytest.param(text, id=f"{place}") for place, text in enumerate(blocks("schemes.md", "yaml"))]

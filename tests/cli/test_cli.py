@@ -30,6 +30,7 @@ KINDS = (
     "losses",
     "tasks",
     "schemes",
+    "teacher_sources",
     "sources",
     "augmentations",
     "synthesizers",

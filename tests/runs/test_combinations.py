@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +43,8 @@ from potstill.training import trainer as engine
 from potstill.training.module import DistillationModule
 from potstill.training.trainer import DistillationTrainer
 from tests.runs import combinations
-from tests.runs.combinations import GRAPH, KINDS, SCHEMES, SOFT, SOURCES, URL, Tree, refusal, runs, tried
+from tests.runs.combinations import COLUMNS, GRAPH, KINDS, SCHEMES, SOFT, SOURCES, URL, Tree, refusal, runs, tried
+from tests.runs.test_steps import Killed
 from tests.teachers.served import Served
 
 TRAININGS = {
@@ -263,10 +267,6 @@ def go_back(run: Run) -> None:
         shutil.rmtree(folder)
 
 
-class Killed(BaseException):
-    """What stands for a kill: nothing catches it."""
-
-
 def kill_in(patch: pytest.MonkeyPatch, training: str, step: int) -> None:
     """End the process before the next step of a training, once so many are done."""
     original = DistillationTrainer.training_step
@@ -416,3 +416,27 @@ def test_the_table_says_what_is_tested() -> None:
             }
             assert set(cell["but"]) == reasons
             assert cell["runs"] or cell["but"]
+
+
+def test_the_docs_show_the_table() -> None:
+    """Each cell is where it belongs, and its numbers lead to its reasons."""
+    spec = importlib.util.spec_from_file_location("potstill_docs_hooks", combinations.FILE.with_name("hooks.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="schemes.md"))
+    shown = hooks.on_page_markdown("before\n\n<!-- combinations -->\n\nafter", page=page)
+    head, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
+    notes = dict(re.findall(r"^(\d+)\. (.+)$", shown, re.MULTILINE))
+    table = combinations.table()
+    columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    assert len(rows) == len(SCHEMES)
+    for row in rows:
+        called, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        scheme = next(name for name, text in SCHEMES.items() if text == called)
+        for column, cell in zip(columns, cells, strict=True):
+            wanted = table["cells"][scheme][next(name for name, text in COLUMNS.items() if text == column)]
+            assert cell.startswith("✓" if wanted["runs"] else "–")
+            assert [notes[number] for number in re.findall(r"\d+", cell)] == wanted["but"]
+    assert hooks.on_page_markdown("nothing", page=page) == "nothing"

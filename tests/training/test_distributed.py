@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from potstill.training.checkpoints import is_complete
 from tests.training import worker
-from tests.training.tiny import flat, relative, student
+from tests.training.tiny import flat, relative, student, teacher
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -33,7 +33,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert relative(ranks[0]["student"] - start, one["student"] - start) < 1e-6
     assert relative(ranks[0]["objective"], one["objective"]) < 1e-6
     assert float((one["objective"] - ranks[0]["objective"]).abs().max()) < 1e-6
-    for name in ("student", "objective", "logged"):
+    starts = {"learner": start, "peer": flat(teacher()), "mean": start}
+    for name, begin in starts.items():  # each clipped by itself: another norm would show
+        assert relative(ranks[0][name] - begin, one[name] - begin) < 1e-6
+    for name in ("student", "objective", "logged", *starts):
         assert torch.equal(ranks[0][name], ranks[1][name])
     assert torch.allclose(ranks[0]["logged"], one["logged"], rtol=1e-5)
     assert is_complete(together / "checkpoint-1")

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 _KINDS = (
-    "recipes, losses, tasks, schemes, sources, augmentations, synthesizers, models, callbacks, presets, compressors"
+    "recipes, losses, tasks, schemes, teacher_sources, sources, augmentations, synthesizers, models, callbacks, "
+    "presets, compressors"
 )
 
 

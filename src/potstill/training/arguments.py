@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from potstill.errors import TrainingError
 from potstill.losses.objective import Objective
+from potstill.schemes.lesson import Lesson
 
 
 def check_arguments(args: TrainingArguments) -> TrainingArguments:
@@ -67,6 +68,24 @@ def check_student(student: nn.Module) -> None:
                 "the student's gradient checkpointing has use_reentrant=True, which changes the gradients of tapped "
                 'signals without a word; call gradient_checkpointing_enable({"use_reentrant": False})'
             )
+
+
+def check_sharding(args: TrainingArguments, lesson: Lesson) -> None:
+    """Refuse what cannot be kept in shards: learners beside the student, and averages of it.
+
+    Raises:
+        TrainingError: names what there is.
+    """
+    if not (args.fsdp or args.deepspeed):
+        return
+    moving = [name for name, source in lesson.sources.items() if hasattr(source, "after_step")]
+    beside = [*(f"the learner '{name}'" for name in lesson.others), *(f"the teacher '{name}'" for name in moving)]
+    beside += ["layers that the student has only while it learns"] * (lesson.student.extension is not None)
+    if beside:
+        raise TrainingError(
+            f"FSDP and DeepSpeed keep parameters in shards, and {beside[0]} cannot be saved from them yet; "
+            "use DDP (several processes without `fsdp` and `deepspeed`)"
+        )
 
 
 def _use_non_reentrant(args: Any, switch: str) -> None:

@@ -33,7 +33,7 @@ from potstill.schemes.lesson import STUDENT, Extension, Learner, Lesson
 from potstill.teachers.cached import unmask
 from potstill.teachers.live import ask
 from potstill.teachers.shared import Sharing
-from potstill.training.arguments import check_arguments, check_balance, check_budget, check_student
+from potstill.training.arguments import check_arguments, check_balance, check_budget, check_sharding, check_student
 from potstill.training.callbacks import AfterStep, Epochs
 from potstill.training.checkpoints import mark_complete, rotate
 from potstill.training.learners import JointModule, as_sources, clip_each, joined, split_groups
@@ -107,6 +107,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         lesson.sources = as_sources(teacher, lesson)
         self._hard = terms.hard_only()
         lesson = lesson if scheme is None else scheme.arrange(lesson)
+        check_sharding(args, lesson)
         module, self.teacher = joined(lesson)
         terms = module.objective
         unmask(self.teacher, terms.unmasked())
