@@ -16,7 +16,9 @@ def number(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return bytes in the unit that suits, by powers of 1000."""
+    """Return bytes in the unit that suits, by powers of 1000; a dash for none, as of a teacher that is no model."""
+    if not count:
+        return "–"
     for unit, worth in _UNITS:
         if count >= worth:
             return f"{count / worth:.3g}{SPACE}{unit}"
@@ -24,7 +26,9 @@ def size(count: float) -> str:
 
 
 def amount(count: float) -> str:
-    """Return a count with three significant digits: ``6.47 k``, ``66.4 M``."""
+    """Return a count with three significant digits: ``6.47 k``, ``66.4 M``; a dash for none."""
+    if not count:
+        return "–"
     for unit, worth in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= worth:
             return f"{count / worth:.3g}{SPACE}{unit}"
@@ -33,7 +37,7 @@ def amount(count: float) -> str:
 
 def factor(first: float, second: float, more: str, less: str) -> str:
     """Return ``10.2× MORE`` for how many times ``first`` is ``second``, or ``… LESS`` where it is below."""
-    if not first or not second:
+    if not first or not second or math.isnan(first) or math.isnan(second):
         return ""
     ratio = first / second
     if 0.95 < ratio < 1.05:

@@ -101,7 +101,8 @@ def cost_scatter(view: RunView) -> Figure:
         view: a run.
     """
     metrics = view.metrics
-    shown = {name: model for name, model in metrics.models.items() if metrics.primary in model.metrics}
+    models = {name: model for name, model in metrics.models.items() if model.bytes}  # not a teacher that is none
+    shown = {name: model for name, model in models.items() if metrics.primary in model.metrics}
     share, timed = words.is_share(metrics, metrics.primary), all("1" in m.latency_ms for m in shown.values())
     with style():
         panels = 2 if shown and timed else 1
