@@ -48,6 +48,8 @@ class Objective(nn.Module):
             raise ObjectiveError("an objective needs at least one term")
         self.terms = nn.ModuleDict()
         for name, term in terms.items():
+            if not isinstance(term, Term):
+                raise ObjectiveError(f"expected a Term for '{name}', got {term!r}; say it as in Term('kl', weight=0.7)")
             if not name or hasattr(self.terms, name.replace(".", "_")):
                 raise ObjectiveError(f"a term cannot be called '{name}': the name is taken; choose another")
             self.terms[name.replace(".", "_")] = term

@@ -39,12 +39,16 @@ def check_teachers(tree: Mapping[str, Any], *, allow_code: bool) -> list[Problem
             Problem(("teachers", name), f"a teacher cannot be called '{name}'", "choose another name") for name in taken
         ]
     problems = []
-    names: list[str] = []
+    before: dict[str, dict[Any, Any]] = {}
     for name, own in teachers_of(tree).items():
         path: Path_ = ("teachers", name) if several else ("teacher",)
-        problems += _kind(own, path, names, allow_code)
+        problems += _kind(own, path, before, allow_code)
         problems += _own_objective(own, path, tree, name, allow_code)
-        names.append(name)
+        before[name] = own
+    joint = next((name for name, own in before.items() if _is_joint(own)), None)
+    if joint is not None and section(tree, "scheme").get("name") == "born_again":
+        message = f"earlier generations are trained before the student, and the teacher '{joint}' with it"
+        problems.append(Problem(("scheme", "name"), message, "train it first, as in `train: {epochs: 3}`"))
     return problems + _named_by_terms(tree)
 
 
@@ -80,18 +84,43 @@ def check_cut(own: Mapping[str, Any], path: Path_, names: Collection[str], what:
     return []
 
 
-def _kind(own: Mapping[str, Any], path: Path_, before: list[str], allow_code: bool) -> list[Problem]:
+def _kind(
+    own: Mapping[str, Any], path: Path_, before: Mapping[str, Mapping[str, Any]], allow_code: bool
+) -> list[Problem]:
     """A teacher is a model, cut from another one, or a source."""
     given = [key for key in ("model", "from_teacher", "source") if own.get(key)]
     if len(given) != 1:
         got = " and ".join(f"`{key}`" for key in given) or "none of them"
         return [Problem(path, f"expected one of `model`, `from_teacher` and `source`, got {got}")]
+    problems = _training(own, path)
     if given == ["from_teacher"]:
-        return check_cut(own, path, before, "teacher")
-    return _source(own, path, before, allow_code) if given == ["source"] else []
+        return problems + check_cut(
+            own, path, [name for name, each in before.items() if not each.get("source")], "teacher"
+        )
+    return problems + (_source(own, path, before, allow_code) if given == ["source"] else [])
 
 
-def _source(own: Mapping[str, Any], path: Path_, before: list[str], allow_code: bool) -> list[Problem]:
+def _training(own: Mapping[str, Any], path: Path_) -> list[Problem]:
+    """A teacher is trained before the student, or together with it."""
+    train = own.get("train")
+    if isinstance(train, str) and train != "jointly":
+        message = f"expected how the teacher is trained, as `train: {{epochs: 3}}`, or `train: jointly`, got '{train}'"
+        return [Problem((*path, "train"), message, did_you_mean(train, ["jointly"]))]
+    if isinstance(train, Mapping) and own.get("joint") is not None:
+        return [
+            Problem((*path, "joint"), "expected `train: {…}` or `train: jointly`, got both", "leave out one of them")
+        ]
+    if not _is_joint(own):
+        return []
+    usual: dict[str, Any] = {"cache": "auto", "precision": None, "compile": False, "task": None}
+    given = [key for key, value in usual.items() if own.get(key, value) != value]
+    message = "a teacher that is trained with the student takes no `{}`"
+    return [Problem((*path, key), message.format(key), "leave it out") for key in given]
+
+
+def _source(
+    own: Mapping[str, Any], path: Path_, before: Mapping[str, Mapping[str, Any]], allow_code: bool
+) -> list[Problem]:
     usual: tuple[Any, ...] = (None, {}, True, False)
     beside = [key for key in _OF_MODELS if own.get(key) not in usual]
     if beside:
@@ -109,11 +138,14 @@ def _source(own: Mapping[str, Any], path: Path_, before: list[str], allow_code: 
     for key in ("of", "teachers"):  # the options by which sources are made of other teachers
         named = options.get(key)
         each = named.values() if isinstance(named, Mapping) else items(named)
-        problems += [
-            Problem((*where, name, key), f"there is no teacher '{one}' before this one", did_you_mean(str(one), before))
-            for one in each
-            if isinstance(one, str) and one not in before
-        ]
+        for one in each:
+            place = (*where, name, key)
+            if isinstance(one, str) and one not in before:
+                message = f"there is no teacher '{one}' before this one"
+                problems.append(Problem(place, message, did_you_mean(one, before)))
+            elif isinstance(one, str) and _is_joint(before[one]):
+                message = f"'{one}' is trained with the student, and no source can be made of it"
+                problems.append(Problem(place, message, "let terms read each of them"))
     return problems
 
 
@@ -136,7 +168,10 @@ def _own_objective(
     else:
         known = [*known, "student"]
     for place, spec in soft_terms(own["objective"], where):
-        problems += _signals(spec, place, known, qualified=len(known) > 1)
+        if not known and not _of_itself(spec):
+            problems.append(Problem(place, f"the teacher '{name}' has no teacher before it to learn from"))
+        else:
+            problems += _signals(spec, place, known, qualified=len(known) > 1)
     return problems
 
 

@@ -71,7 +71,11 @@ def judged_sources(run: Run, table: Dataset) -> dict[str, TeacherSource]:
     }
     found = {}
     for name, spec in recipe.all_teachers.items():
-        if spec.source is not None and not follows_student(spec.source):
+        if spec.source is None:
+            continue
+        if follows_student(spec.source):
+            every[name] = Deferred(partial(run.live_teacher, name, []), build.teacher_prefix(recipe, name))
+        else:
             every[name] = found[name] = make_source(run, name, every, ["logits"], student=None, table=table)
     return found
 

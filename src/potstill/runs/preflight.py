@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from potstill.checks.run import run_checks
 from potstill.checks.subject import Feed, Subject
 from potstill.errors import ModelError, PotstillError, TrainingError, did_you_mean
 from potstill.evaluation.cost import parameters
-from potstill.interfaces import Batch, Progress, Task, TeacherSource
+from potstill.interfaces import Batch, Progress, Signals, Task, TeacherSource
 from potstill.losses.objective import Objective, Term
 from potstill.models.origins import Built, TextProcessor
 from potstill.recipe import arguments, build
@@ -30,6 +31,7 @@ from potstill.runs.caching import cache_settings
 from potstill.runs.lessons import make_source
 from potstill.runs.plan import Plan
 from potstill.runs.stages import stages_of
+from potstill.schemes.lesson import Learner, Lesson
 from potstill.teachers.live import Live, Several
 from potstill.teachers.precision import tried_precision
 from potstill.training.arguments import check_balance
@@ -162,14 +164,32 @@ class _Setup:
         return known_terms(self.run)
 
     def try_stages(self) -> None:
-        """Make the objective of every stage.
+        """Make the objective of every stage, and let its scheme arrange a lesson of fresh models.
 
         Raises:
             ObjectiveError: a term cannot be made.
-            TrainingError: a term needs labels, and there are none.
+            TrainingError: a term needs labels, and there are none; or the scheme lacks what it needs.
         """
-        for stage in stages_of(self.run) if self.run.recipe.stages else []:
-            _ = stage.plan.objective
+        for stage in stages_of(self.run):
+            recipe = stage.plan.recipe
+            build.check_labels(stage.plan.make_objective(), self.run.splits.taught_on, self.run.label)
+            scheme = schemes.get(recipe.scheme.name, allow_code=self.run.allow_code)(**recipe.scheme.options)
+            scheme.arrange(self._lesson(stage.plan))
+
+    def _lesson(self, plan: Plan) -> Lesson:
+        """Return who learns from whom in a stage, with models as they are before any training."""
+        recipe, forward = plan.recipe, self.task.forward
+        others = {}
+        for name, spec in recipe.joint_teachers.items():
+            own = None if spec.objective is None else build.make_objective(recipe, plan.task, terms=spec.objective)
+            others[name] = Learner(self.teacher(name).model, own, forward, given=own is not None)
+        sources: dict[str, TeacherSource] = {
+            name: self.source(name) if spec.source is None else _silent
+            for name, spec in recipe.all_teachers.items()
+            if name not in others
+        }
+        student = Learner(copy.deepcopy(self.student), plan.make_objective(), forward)
+        return Lesson(student, others, sources, recipe.seed)
 
     def try_sources(self) -> None:
         """Ask each teacher that is no model of the recipe about a few samples.
@@ -366,6 +386,10 @@ def known_terms(run: Plan | Run) -> Objective:
     left = terms or {"none": Term("cross_entropy", weight=0.0)}
     balance = None if recipe.balance is None or len(left) < 2 else recipe.balance.model_dump()
     return Objective(left, response_mask=objective.response_mask, balance=balance)
+
+
+def _silent(batch: Batch) -> Signals:
+    return {}
 
 
 def _is_trained(spec: TeacherSpec) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from potstill.errors import ComponentError, ModelError
@@ -111,7 +112,11 @@ class MovingAverage:
 
 @teacher_sources.register("moving_average", reference="https://arxiv.org/abs/1703.01780", follows_student=True)
 def moving_average(
-    context: SourceContext, *, decay: float = 0.999, warm_up: bool = True, buffers: Buffers = "average"
+    context: SourceContext,
+    *,
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999,
+    warm_up: bool = True,
+    buffers: Buffers = "average",
 ) -> MovingAverage:
     """Return a mean teacher: the exponential moving average of the student's weights over its steps.
 

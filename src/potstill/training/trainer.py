@@ -6,6 +6,7 @@ overridden here is what distillation needs: counts per term, kept columns, stude
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -107,6 +108,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         lesson.sources = as_sources(teacher, lesson)
         self._hard = terms.hard_only()
         lesson = lesson if scheme is None else scheme.arrange(lesson)
+        for learner in lesson.others.values():
+            learner.objective = learner.objective or copy.deepcopy(self._hard)
         check_sharding(args, lesson)
         module, self.teacher = joined(lesson)
         terms = module.objective
