@@ -173,11 +173,18 @@ REFUSED = [
         "It is made of teachers of single tasks, for the task `multi-task`.",
     ),
     Refusal(
-        "born_again assistant",
+        "born_again",
         "joint peer",
         KINDS,
-        "the objective compares with a teacher and none was given",
-        "An assistant or a first generation learns before the student, and these learn with the student.",
+        "earlier generations are trained before the student, and the teacher 'joint' with it",
+        "The first generation learns before the student, and a teacher that is trained jointly with it.",
+    ),
+    Refusal(
+        "assistant",
+        "joint peer",
+        KINDS,
+        "the teacher 'mid' has no teacher before it to learn from",
+        "An assistant learns before the student, and a teacher that is trained jointly with it.",
     ),
     Refusal(
         "born_again assistant",
@@ -208,14 +215,6 @@ REFUSED = [
         "Logits compared with themselves have no gradient; layers learn from deeper ones, exits from `self/logits`.",
     ),
 ]
-
-
-BROKEN: dict[tuple[str, str], str] = {
-    ("exits", "joint"): "A teacher trained jointly needs an `objective` of its own here.",
-    ("separate_heads", "joint"): "A teacher trained jointly needs an `objective` of its own here.",
-    ("multi-task", "per_task"): "Recipes have no terms on its layers yet.",
-}
-"""Schemes and sources that should go together and do not yet."""
 
 
 def refusal(scheme: str, source: str, kind: str) -> Refusal | None:
@@ -272,7 +271,7 @@ def _terms(scheme: str, source: str, kinds: tuple[str, ...]) -> Tree:
     response = {"exits": "exit.1" if source == "self" else "logits", "separate_heads": "head.logits"}.get(
         scheme, "logits"
     )
-    if scheme == "separate_heads":
+    if scheme == "separate_heads" and "response" not in kinds:
         made["heads"] = {**HARD, "student": response}
     for place, owner in enumerate(() if source == "none" else read_of(source)):
         if "response" in kinds:
@@ -314,10 +313,9 @@ def table() -> Tree:
         for column in COLUMNS:
             sources = [name for own, name in tried() if own == scheme and name.partition(":")[0] == column]
             refused = [refusal(scheme, source, kind) for source in sources for kind in KINDS]
-            broken = [BROKEN[scheme, source] for source in sources if (scheme, source) in BROKEN]
             cells.setdefault(scheme, {})[column] = {
-                "runs": column == "none" or (not broken and all(runs(scheme, source) for source in sources)),
-                "but": [*dict.fromkeys(each.why for each in refused if each is not None), *broken],
+                "runs": column == "none" or all(runs(scheme, source) for source in sources),
+                "but": list(dict.fromkeys(each.why for each in refused if each is not None)),
             }
     return {"schemes": SCHEMES, "sources": COLUMNS, "cells": cells}
 
