@@ -144,14 +144,14 @@ class Refusal:
         scheme: patterns of names, separated by spaces.
         source: likewise.
         kinds: of :data:`KINDS`.
-        message: what the error says, a regular expression; ``None`` where it runs and no gradient comes of it.
+        message: what the error says, a regular expression.
         why: for the docs.
     """
 
     scheme: str
     source: str
     kinds: tuple[str, ...]
-    message: str | None
+    message: str
     why: str
 
     def holds(self, scheme: str, source: str, kind: str) -> bool:
@@ -197,7 +197,7 @@ REFUSED = [
         "*",
         "sklearn onnx http column",
         LAYERS,
-        r"'body\.\d' names nothing in|gave no signal '(source/)?body\.\d'|module_replacing: the term",
+        r"'body\.\d' names nothing in|gave no signal '(source/)?body\.\d'|module_replacing: the term|reads 'body\.\d' of the",
         "It says `logits` alone: terms on its layers are refused.",
     ),
     Refusal(
@@ -211,8 +211,8 @@ REFUSED = [
         "offline joint mutual separate_heads progressive module_replacing born_again assistant stages multi-task",
         "self",
         ("response",),
-        None,
-        "Logits compared with themselves have no gradient; layers learn from deeper ones, exits from `self/logits`.",
+        r"'self/logits' is the student's own '(head\.)?logits': compared with itself it teaches nothing",
+        "Logits compared with themselves are refused; layers learn from deeper ones, exits from `self/logits`.",
     ),
 ]
 

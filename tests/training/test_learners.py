@@ -17,7 +17,7 @@ from potstill.interfaces import Progress
 from potstill.losses.objective import Objective, Term
 from potstill.models.plain import Mlp
 from potstill.schemes.lesson import Learner, Lesson
-from potstill.training.learners import JointModule, clip_each, split_groups
+from potstill.training.learners import JointModule, split_groups
 from potstill.training.trainer import DistillationTrainer, ready_batch
 from tests.training.tiny import arguments, flat, pairs, student, teacher
 
@@ -127,7 +127,7 @@ class TestSettings:
         for parameter in module.parameters():
             parameter.grad = torch.ones_like(parameter)
         sizes = {name: sum(p.numel() for p in own.student.parameters()) for name, own in module.learners.items()}
-        found = clip_each(module, 1.0)
+        found = module.clip(1.0)
         assert float(found["coach"]) == pytest.approx(sizes["coach"] ** 0.5)
         assert float(found["student"]) == pytest.approx((sizes["student"] + 4 * 8 + 8) ** 0.5)
 

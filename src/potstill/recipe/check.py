@@ -57,6 +57,9 @@ def _stages(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
         if section(own, "scheme").get("name") == "born_again":
             message = "generations are trainings of their own, and cannot be in a stage"
             problems.append(Problem((*path, "scheme", "name"), message, "say `scheme` at the top of the recipe"))
+        if section(tree, "scheme").get("name") == "born_again" and not place:
+            message = "earlier generations are trained in one stage, as the student would then not be"
+            problems.append(Problem(("stages",), message, "leave out `stages`, or the scheme"))
         if own.get("objective") is not None:
             problems += check_objective(own["objective"], (*path, "objective"), allow_code=allow_code)
     return problems

@@ -171,7 +171,7 @@ def _own_objective(
         if not known and not _of_itself(spec):
             problems.append(Problem(place, f"the teacher '{name}' has no teacher before it to learn from"))
         else:
-            problems += _signals(spec, place, known, qualified=len(known) > 1)
+            problems += _same(spec, place) + _signals(spec, place, known, qualified=len(known) > 1)
     return problems
 
 
@@ -184,13 +184,17 @@ def _named_by_terms(tree: Mapping[str, Any]) -> list[Problem]:
     names = list(teachers_of(tree))
     scheme = section(tree, "scheme").get("name")
     stages = items(tree.get("stages"))
-    objectives: list[tuple[Path_, Any]] = [(("objective",), tree.get("objective"))]
-    objectives += [(("stages", place, "objective"), section(own).get("objective")) for place, own in enumerate(stages)]
+    objectives: list[tuple[Path_, Any, Any]] = [(("objective",), tree.get("objective"), scheme)]
+    for place, stage in enumerate(stages):
+        own = section(stage)
+        named = section(own, "scheme").get("name", scheme)
+        objectives.append((("stages", place, "objective"), own.get("objective"), named))
     problems: list[Problem] = []
-    for where, objective in objectives:
+    for where, objective, scheme in objectives:
         for path, spec in soft_terms(objective, where):
             if not names and scheme != "born_again" and not _of_itself(spec):
                 return [Problem(path, "this term compares with a teacher and the recipe has none", "add `teacher:`")]
+            problems += _same(spec, path)
             if scheme != "mutual":  # there a bare name is that of each peer
                 problems += _signals(spec, path, names, qualified=len(names) > 1)
     return problems
@@ -209,6 +213,15 @@ def _signals(spec: Mapping[str, Any], path: Path_, names: list[str], *, qualifie
         elif not qualified and own and owner in (names or ["teacher"]) and path[0] == "objective":
             problems.append(Problem((*path, "teacher"), f"there is one teacher, got '{signal}'", f"say '{own}'"))
     return problems
+
+
+def _same(spec: Mapping[str, Any], path: Path_) -> list[Problem]:
+    """A signal that is compared with itself has no gradient."""
+    own, wanted = spec.get("student", "logits"), spec.get("teacher", "logits")
+    if spec.get("project") is not None or wanted not in (f"self/{own}", f"self/{str(own).removeprefix('head.')}"):
+        return []
+    message = f"'{wanted}' is the student's own '{own}': compared with itself it teaches nothing"
+    return [Problem((*path, "teacher"), message, "name a deeper signal, or another teacher")]
 
 
 def _of_itself(spec: Mapping[str, Any]) -> bool:

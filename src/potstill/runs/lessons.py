@@ -49,6 +49,8 @@ def make_sources(
     made: dict[str, TeacherSource] = {}
     for name in present:
         read = build.signals_of(recipe, objectives, name, among)
+        if names is not None and not read and recipe.all_teachers[name].source is not None:
+            continue  # nobody asks it here, and it may need what only the student's training has
         if recipe.all_teachers[name].source is None:
             made[name] = teacher_source(run, name, objectives, read) if read else _unread(run, name)
         else:

@@ -21,7 +21,8 @@ from potstill.checks.run import run_checks
 from potstill.checks.subject import Feed, Subject
 from potstill.errors import ModelError, PotstillError, TrainingError, did_you_mean
 from potstill.evaluation.cost import parameters
-from potstill.interfaces import Batch, Progress, Signals, Task, TeacherSource
+from potstill.interfaces import Batch, Progress, Task, TeacherSource
+from potstill.knowledge.taps import resolve_all
 from potstill.losses.objective import Objective, Term
 from potstill.models.origins import Built, TextProcessor
 from potstill.recipe import arguments, build
@@ -174,7 +175,10 @@ class _Setup:
             recipe = stage.plan.recipe
             build.check_labels(stage.plan.make_objective(), self.run.splits.taught_on, self.run.label)
             scheme = schemes.get(recipe.scheme.name, allow_code=self.run.allow_code)(**recipe.scheme.options)
-            scheme.arrange(self._lesson(stage.plan))
+            lesson = scheme.arrange(self._lesson(stage.plan))
+            extension = lesson.student.extension
+            if extension is not None:
+                resolve_all(lesson.student.model, extension.taps())
 
     def _lesson(self, plan: Plan) -> Lesson:
         """Return who learns from whom in a stage, with models as they are before any training."""
@@ -183,13 +187,8 @@ class _Setup:
         for name, spec in recipe.joint_teachers.items():
             own = None if spec.objective is None else build.make_objective(recipe, plan.task, terms=spec.objective)
             others[name] = Learner(self.teacher(name).model, own, forward, given=own is not None)
-        sources: dict[str, TeacherSource] = {
-            name: self.source(name) if spec.source is None else _silent
-            for name, spec in recipe.all_teachers.items()
-            if name not in others
-        }
         student = Learner(copy.deepcopy(self.student), plan.make_objective(), forward)
-        return Lesson(student, others, sources, recipe.seed)
+        return Lesson(student, others, dict(self.sources), recipe.seed)
 
     def try_sources(self) -> None:
         """Ask each teacher that is no model of the recipe about a few samples.
@@ -198,19 +197,41 @@ class _Setup:
             PotstillError: it cannot be made, or does not answer as it should.
         """
         run, few = self.run, rows(self.batch, 0, _TRIED)
+        for name, source in self.sources.items():
+            if run.recipe.all_teachers[name].source is None:
+                continue
+            read, said = self._read(name), source(dict(few))
+            classes, logits = len(run.task.label_names), said.get("logits")
+            if logits is not None and classes and logits.shape[-1] != classes:
+                raise TrainingError(
+                    f"the teacher '{name}' answers with {logits.shape[-1]} classes, and the task has {classes}"
+                )
+            missing = next((signal for signal in read if signal not in said), None)
+            if missing is not None:
+                raise TrainingError(
+                    f"the objective reads '{missing}' of the teacher '{name}', which gives {', '.join(said)}; "
+                    "compare what it gives, or take a model for a teacher"
+                )
+
+    @cached_property
+    def sources(self) -> dict[str, TeacherSource]:
+        """The teachers that are not trained with the student, as the training asks them, by name."""
+        run = self.run
         made: dict[str, TeacherSource] = {}
         for name, spec in run.recipe.all_teachers.items():
+            if spec.joint is not None:
+                continue
             if spec.source is None:
                 made[name] = self.source(name)
-                continue
-            read = build.signals_of(run.recipe, [run.make_objective()], name)
-            made[name] = make_source(run, name, made, read, student=self.student, table=run.splits.taught_on)
-            said = made[name](dict(few)).get("logits")
-            classes = len(run.task.label_names)
-            if said is not None and classes and said.shape[-1] != classes:
-                raise TrainingError(
-                    f"the teacher '{name}' answers with {said.shape[-1]} classes, and the task has {classes}"
-                )
+            else:
+                table, read = run.splits.taught_on, self._read(name)
+                made[name] = make_source(run, name, made, read, student=self.student, table=table)
+        return made
+
+    def _read(self, name: str) -> list[str]:
+        """Return the signals that the objectives of all stages read of a teacher."""
+        objectives = [stage.plan.make_objective() for stage in stages_of(self.run)]
+        return build.signals_of(self.run.recipe, objectives, name)
 
     def subject(self, device: torch.device) -> Subject:
         """Return what the checks examine, on a device."""
@@ -386,10 +407,6 @@ def known_terms(run: Plan | Run) -> Objective:
     left = terms or {"none": Term("cross_entropy", weight=0.0)}
     balance = None if recipe.balance is None or len(left) < 2 else recipe.balance.model_dump()
     return Objective(left, response_mask=objective.response_mask, balance=balance)
-
-
-def _silent(batch: Batch) -> Signals:
-    return {}
 
 
 def _is_trained(spec: TeacherSpec) -> bool:

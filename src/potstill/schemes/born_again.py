@@ -14,12 +14,13 @@ from potstill.schemes.lesson import Lesson
 class BornAgain:
     """Each generation is a new student that learns from the one before, on the recipe's own budget.
 
-    The first generation learns from the recipe's teachers; without any, from a student trained on the labels alone.
+    The first generation learns from the recipe's teachers; without any, from a generation 0 that is trained before it
+    on the labels alone.
     A recipe is spread into as many trainings before they begin, see :func:`potstill.recipe.generations.spread_out`;
     within one of them nothing is arranged.
 
     Args:
-        generations: students in all, the last of which is the run's.
+        generations: students that learn from a teacher, the last of which is the run's.
     """
 
     def __init__(self, generations: Annotated[int, Field(ge=1)] = 2) -> None:

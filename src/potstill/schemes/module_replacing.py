@@ -228,7 +228,8 @@ def _groups(student: nn.Module, own: str, teacher: nn.Module, theirs: str) -> li
             "from the teacher, as in `student: {from_teacher: {keep_blocks: [0, 2, 4]}}`"
         )
     for what, of in (("width", _width), ("dtype", _dtype)):
-        one, other = of(student, short[0]), of(teacher, long[0])
+        widths = [{of(model, block) for block in blocks} for model, blocks in ((student, short), (teacher, long))]
+        one, other = (" and ".join(sorted(map(str, each - {None} or each))) for each in widths)
         if one != other:
             raise TrainingError(
                 f"module_replacing expected blocks of one {what}, as each takes the place of others, got {one} of the "

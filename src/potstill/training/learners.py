@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from potstill.errors import TrainingError, did_you_mean
 from potstill.interfaces import Batch, Progress, Signals, TeacherSource
+from potstill.losses.objective import Objective, Term
 from potstill.models.inputs import call, respond, teacher_view
 from potstill.schemes.lesson import STUDENT, Learner, Lesson
 from potstill.teachers.live import Live, Several
@@ -113,6 +114,10 @@ class JointModule(DistillationModule):
                     weight_decay=wanted.weight_decay,
                 )
 
+    def clip(self, bound: float) -> dict[str, Tensor]:
+        """Shorten the gradient of each learner to ``bound`` where it is longer, and return the lengths before."""
+        return {name: nn.utils.clip_grad_norm_(own, bound) for name, own in _parameters(self).items()}
+
     # ---- who hears what --------------------------------------------------------------------------------------------
 
     def _view(self, name: str, batch: Batch) -> Batch:
@@ -194,9 +199,19 @@ def joined(lesson: Lesson) -> tuple[DistillationModule, TeacherSource | None]:
     return module, next(iter(sources.values()), None)
 
 
-def clip_each(module: DistillationModule, bound: float) -> dict[str, Tensor]:
-    """Shorten the gradient of each learner to ``bound`` where it is longer, and return the lengths before."""
-    return {name: nn.utils.clip_grad_norm_(own, bound) for name, own in _parameters(module).items()}
+def plain_hard(usual: Mapping[str, Term], lesson: Lesson, objective: Objective) -> Objective:
+    """Return the hard terms that any model has: without those on signals that only the student's extension makes.
+
+    Args:
+        usual: the student's terms before a scheme arranged them.
+        lesson: with the extension.
+        objective: the student's, whose mask the responses have.
+    """
+    extension = lesson.student.extension
+    made = [] if extension is None else [n for n, t in usual.items() if any(map(extension.makes, t.student))]
+    terms = {name: term for name, term in usual.items() if name not in made}
+    whole = Objective(terms or {"hard": Term("cross_entropy")}, response_mask=objective.response_mask)
+    return whole.hard_only()
 
 
 def split_groups(

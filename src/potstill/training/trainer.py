@@ -37,7 +37,7 @@ from potstill.teachers.shared import Sharing
 from potstill.training.arguments import check_arguments, check_balance, check_budget, check_sharding, check_student
 from potstill.training.callbacks import AfterStep, Epochs
 from potstill.training.checkpoints import mark_complete, rotate
-from potstill.training.learners import JointModule, as_sources, clip_each, joined, split_groups
+from potstill.training.learners import JointModule, as_sources, joined, plain_hard, split_groups
 from potstill.training.module import DistillationModule, hard_loss
 from potstill.training.overhead import packages_looked_up_once
 from potstill.training.state import load_learning, save_learning
@@ -106,8 +106,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         check_student(model)
         lesson = Lesson(Learner(model, terms, forward, extension=extension), dict(learners or {}), seed=args.seed)
         lesson.sources = as_sources(teacher, lesson)
-        self._hard = terms.hard_only()
+        usual = {name: copy.deepcopy(term) for name, term in terms.named_terms()}
         lesson = lesson if scheme is None else scheme.arrange(lesson)
+        self._hard = plain_hard(usual, lesson, terms)
         for learner in lesson.others.values():
             learner.objective = learner.objective or copy.deepcopy(self._hard)
         check_sharding(args, lesson)
@@ -184,10 +185,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip the gradients of each learner by themselves, and return the norm of the student's."""
-        if not isinstance(self.distillation_module, JointModule):
+        module = self.distillation_module
+        if not isinstance(module, JointModule):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        return clip_each(self.distillation_module, self.args.max_grad_norm)[STUDENT]
+        return module.clip(self.args.max_grad_norm)[STUDENT]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm that clipping found; without clipping it is not computed, for it costs a pass over all."""
