@@ -237,7 +237,7 @@ def table(pair: str) -> str:
         values = [unit["accuracy"] for unit in units.values()]
         gains = [unit["accuracy"] - alone[seed] for seed, unit in units.items() if seed in alone]  # paired by seed
         agreement = sum(unit["agreement"] for unit in units.values()) / len(units)
-        rows.append((sum(values) / len(values), method, _shown(values), _shown(gains, sign="+"), agreement, len(units)))
+        rows.append((sum(values) / len(values), method, shown(values), shown(gains, sign="+"), agreement, len(units)))
     lines = [
         "| method | accuracy | over the student alone | agreement with the teacher | seeds |",
         "|---|---|---|---|---|",
@@ -248,7 +248,7 @@ def table(pair: str) -> str:
     return "\n".join(lines)
 
 
-def _shown(values: list[float], sign: str = "") -> str:
+def shown(values: list[float], sign: str = "") -> str:
     """A mean in percent, with the half-width of its 95 % interval where there are three values or more."""
     mean = f"{100 * sum(values) / len(values):{sign}.1f}".replace("-", "−")
     if len(values) < 3:

@@ -22,7 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from potstill.evaluation.significance import mean_interval
+from methods import shown as percent
+
 from potstill.recipe.load import load_recipe, recipe_from
 from potstill.runs.folder import write_json
 from potstill.runs.steps import Run
@@ -240,6 +241,7 @@ def main() -> None:
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 tree = {**settings(asked), "seed": seed, "baseline": {"enabled": False}}
+                tree["evaluate"] = {"latency": False, "resamples": 100}
                 write_json(file, one(name, units[name](tree), asked.runs / asked.pair / file.stem))
             print(f"{file.name}: {json.loads(file.read_text())['models']}", flush=True)
 
@@ -295,9 +297,11 @@ def _of_schemes(found: dict[str, dict[int, Tree]]) -> str:
         values = [_student(unit) for unit in units.values()]
         gains = [_student(unit) - alone[seed] for seed, unit in units.items() if seed in alone]  # paired by seed
         others = [key for key in next(iter(units.values()))["models"] if key != "distilled"]
-        shown = ", ".join(f"{key} {_shown([u['models'][key][u['primary']] for u in units.values()])}" for key in others)
-        over = "–" if name == "alone" else _shown(gains, sign="+")
-        rows.append((sum(values) / len(values), f"| {name} | {_shown(values)} | {over} | {shown} | {len(units)} |"))
+        shown = ", ".join(
+            f"{key} {percent([u['models'][key][u['primary']] for u in units.values()])}" for key in others
+        )
+        over = "–" if name == "alone" else percent(gains, sign="+")
+        rows.append((sum(values) / len(values), f"| {name} | {percent(values)} | {over} | {shown} | {len(units)} |"))
     return "\n".join([*lines, *(line for _, line in sorted(rows, reverse=True))])
 
 
@@ -310,22 +314,13 @@ def _of_tasks(found: dict[str, dict[int, Tree]]) -> str:
             values = [
                 u["models"]["distilled"][k] for u in units.values() for k in keys if k in u["models"]["distilled"]
             ]
-            cells.append(_shown(values) if values else "")
+            cells.append(percent(values) if values else "")
         lines.append(f"| {name} | {' | '.join(cells)} | {len(units)} |")
     return "\n".join(lines)
 
 
 def _student(unit: Tree) -> float:
     return float(unit["models"]["distilled"][unit["primary"]])
-
-
-def _shown(values: list[float], sign: str = "") -> str:
-    """A mean in percent, with the half-width of its 95 % interval where there are three values or more."""
-    mean = f"{100 * sum(values) / len(values):{sign}.1f}".replace("-", "−")
-    if len(values) < 3:
-        return mean
-    interval = mean_interval(values)
-    return f"{mean} ± {50 * (interval['high'] - interval['low']):.1f}"
 
 
 if __name__ == "__main__":

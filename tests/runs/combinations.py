@@ -197,7 +197,7 @@ REFUSED = [
         "*",
         "sklearn onnx http column",
         LAYERS,
-        r"'body\.\d' names nothing in|gave no signal '(source/)?body\.\d'|module_replacing: the term|reads 'body\.\d' of the",
+        r"'body\.\d' (names nothing in|of the teacher)|gave no signal '(source/)?body\.\d'|module_replacing: the term",
         "It says `logits` alone: terms on its layers are refused.",
     ),
     Refusal(
