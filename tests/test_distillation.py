@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -321,12 +322,47 @@ PROGRESSIVE = ProgressiveDistillation(24, 12)
         ),
         (lambda: DistillationConfig(features={"hidden.1": "hidden.1"}), "say distillation_type='feature'"),
         (lambda: DistillationConfig(temperature=0.0), "temperature above 0"),
+        (lambda: DistillationConfig(temperature=math.inf), "temperature to be a finite number, got inf"),
+        (lambda: DistillationConfig(temperature=math.nan), "temperature to be a finite number, got nan"),
+        (lambda: DistillationConfig(alpha=2.0), "alpha=2.0 leaves beta = 1 − alpha below 0; give beta"),
+        (lambda: DistillationConfig(alpha=math.nan), "alpha to be a finite number"),
+        (lambda: DistillationConfig(beta="0.3"), "beta to be a finite number, got '0.3'"),  # type: ignore[arg-type]
+        (lambda: FeatureDistillation(6, 3), r"teacher_layers as a list of layers, got 6.*\[6\]"),  # type: ignore[arg-type]
+        (lambda: FeatureDistillation("layer2", "layer2"), r"as a list of layers, got 'layer2'"),
+        (lambda: FeatureDistillation([6], [3], feature_loss_weight=math.inf), "finite number, got inf"),
+        (lambda: AttentionDistillation([(6, 3)]), r"layer_mapping as \{.*got \[\(6, 3\)\]"),  # type: ignore[arg-type]
+        (lambda: AttentionDistillation({6: 3}, attention_loss_weight="0.3"), "got '0.3'"),  # type: ignore[arg-type]
+        (lambda: ProgressiveDistillation(24, 12, ratio=3.0), "'linear' makes no use of ratio=3.0"),
+        (lambda: ProgressiveDistillation(4, 2, "custom", shares=["a", "b"]), "as 2 numbers that sum to 1"),  # type: ignore[list-item]
+        (lambda: ProgressiveDistillation(4, 2, "custom", shares="os.path:basename"), "as 2 numbers that sum to 1"),
+        (
+            lambda: DistillationConfig("feature", feature_distillation=AttentionDistillation({6: 3})),  # type: ignore[arg-type]
+            r"expected feature_distillation=FeatureDistillation\(…\), got AttentionDistillation",
+        ),
         (lambda: DistillationConfig(alpha=-0.1), "alpha of 0 or more"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_at_once(make: Callable[[], object], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         make()
+
+
+def test_alpha_above_1_with_its_beta() -> None:
+    terms = DistillationConfig(alpha=2.0, beta=0.5).answers(labelled=True)
+    assert (terms["soft"]["weight"], terms["hard"]["weight"]) == (2.0, 0.5)
+
+
+def halved(phases: int) -> list[float]:
+    """Each phase lasts as long as all after it."""
+    return [*(0.5**place for place in range(1, phases)), 0.5 ** (phases - 1)]
+
+
+def test_shares_by_a_dotted_path() -> None:
+    part = ProgressiveDistillation(8, 4, "custom", shares=f"{__name__}:halved")
+    options = {key: value for key, value in part.scheme().items() if key != "name"}
+    assert [float(begin) for begin in schemes.get("progressive")(**options)._begins(4)] == [0, 0.5, 0.75, 0.875]
+    with pytest.raises(ComponentError, match="has no attribute 'halves'"):
+        ProgressiveDistillation(8, 4, "custom", shares=f"{__name__}:halves")
 
 
 def test_losses_that_there_are_not() -> None:

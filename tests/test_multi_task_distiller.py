@@ -203,7 +203,9 @@ class TestTheRecipe:
         assert list(run.recipe.all_teachers) == ["teacher"]
         assert run.recipe.all_teachers["teacher"].train is not None
         assert run.recipe.objective["soft_nli"].weight == pytest.approx(0.35)
-        assert run.recipe.objective["attention"].teacher == "attention"
+        for name, weight in (("sentiment", 0.5), ("nli", 0.5)):
+            term = run.recipe.objective[f"attention_{name}"]
+            assert (term.teacher, term.mask, term.weight) == ("attention", f"task/{name}", weight)
         assert run.recipe.task.options["tasks"]["sentiment"]["max_length"] == 16
         assert [str(each) for each in before_training(run) if each.level == "error"] == []
         student = StudentModel(StudentConfig(keep_blocks=[0, 3]))
@@ -218,6 +220,26 @@ class TestTheRecipe:
         assert set(recipe.objective) == {"soft_sentiment", "hard_sentiment"}
         assert recipe.objective["soft_sentiment"].student == "head.logits"
         assert recipe.objective["hard_sentiment"].student == "logits"
+
+    def test_weights_of_tasks_weigh_their_layers_too(self, bert: str, distilbert: str) -> None:
+        teacher, part = TeacherModel(TeacherConfig(bert, num_labels=5)), FeatureDistillation([4], [2], 0.5)
+        given = {"task_weights": {"nli": 2, "sentiment": 1}, "feature_distillation": part}
+        one = made(distilbert, teacher=teacher, **given).distill(data()).run.recipe.objective
+        several = made(distilbert, teachers=both(bert, bert), **given).distill(data()).run.recipe.objective
+        for terms in (one, several):
+            found = {name: term.weight for name, term in terms.items() if name.startswith("feature")}
+            assert found == {"feature_sentiment": 0.5, "feature_nli": 1.0}
+
+    def test_student_and_teachers_may_come_late(self, bert: str, distilbert: str) -> None:
+        distiller = MultiTaskDistiller(tasks=TASKS, task_weights=[0.6, 0.4], options=GOLD)
+        student = StudentModel(StudentConfig(distilbert))
+        with pytest.raises(TrainingError, match=r"no student yet; say .*distill\(student=…\)"):
+            distiller.distill(data(), teachers=both(bert, bert))
+        with pytest.raises(TrainingError, match="either `teachers`"):
+            distiller.distill(data(), student=student)
+        run = distiller.distill(data(), student=student, teachers=both(bert, bert)).run
+        assert run.recipe.student.model == distilbert
+        assert distiller.student is None
 
     def test_rows_that_are_not_given_are_carved(self, bert: str, distilbert: str) -> None:
         distiller = made(distilbert, teachers=both(bert, bert), sampling="uniform")
@@ -292,7 +314,20 @@ FEATURES = FeatureDistillation([1], [1])
         ({"teachers": {"sentiment": TEACHER}}, "there is no teacher for the task 'nli'"),
         ({"teachers": {**PAIR, "nil": TEACHER}}, "no task 'nil'; did you mean 'nli'"),
         ({"teacher": TEACHER}, "either `teachers`, one for each task, or `teacher`"),
-        ({"teachers": None}, "either `teachers`, one for each task, or `teacher`"),
+        ({"tasks": "nli"}, r"as a list, got 'nli'; did you mean \['nli'\]"),
+        ({"task_weights": {"sentiment": 1, "nil": 2}}, "no task 'nil'; did you mean 'nli'"),
+        ({"task_weights": {"nli": 1}}, "a weight for each of the 2 tasks"),
+        ({"task_weights": [float("nan"), 1]}, "task_weights to be finite numbers, got nan"),
+        ({"task_weights": ["0.3", 1]}, "task_weights to be finite numbers, got '0.3'"),
+        ({"task_weights": 1}, "task_weights as a list of numbers"),
+        (
+            {
+                "config": DistillationConfig("feature", feature_distillation=FEATURES),
+                "feature_distillation": FEATURES,
+            },
+            "feature_distillation once",
+        ),
+        ({"feature_distillation": FeatureDistillation([1], [1], mask="attention_mask")}, "leave `mask` out"),
         ({"options": {"nil": {}}}, "no task 'nil'; did you mean 'nli'"),
         ({"options": {"nli": {"lable": "x"}}}, "no option 'lable'; did you mean 'label'"),
         ({"options": {"nli": {"pair": "x"}}}, "a `pair` goes with the `text`"),
@@ -307,12 +342,11 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> Non
         made("student", **{"teachers": PAIR, "options": {}, **changes})
 
 
-def test_questions_join_when_there_is_a_task_for_them() -> None:
-    given = {"tasks": ["sentiment", "nli", "qa"], "teachers": {**PAIR, "qa": TEACHER}}
-    if "question-answering" in known_tasks.names():
-        made("student", **given)
-    else:
-        with pytest.raises(
-            TaskError, match="'qa' is question answering, which is not there yet; there are 'sentiment'"
-        ):
-            made("student", **given)
+def test_questions_join_with_their_task() -> None:
+    """The distiller can be made, and says it when it is to distil."""
+    distiller = MultiTaskDistiller(
+        tasks=["sentiment", "nli", "qa"], task_weights=[0.4, 0.3, 0.3], shared_distillation=True
+    )
+    if "question-answering" not in known_tasks.names():
+        with pytest.raises(TaskError, match="'qa' is question answering, which joins with its task"):
+            distiller.distill({})

@@ -8,6 +8,7 @@ from 0.)
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +29,7 @@ _EXAMPLES = {
     "ProgressiveDistillation": "ProgressiveDistillation(teacher_layers=12, student_layers=6)",
 }
 _PARTS = ("feature", "attention", "progressive")
+_RATIO = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class FeatureDistillation:
     mask: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("teacher_layers", "student_layers"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise TrainingError(f"expected {name} as a list of layers, got {given!r}; did you mean [{given!r}]?")
         teacher, student = list(self.teacher_layers), list(self.student_layers)
         if len(teacher) != len(student):
             shorter = min(len(teacher), len(student))
@@ -135,6 +141,11 @@ class AttentionDistillation:
     heads: Literal["auto", "each", "mean"] = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layer_mapping, Mapping):
+            raise TrainingError(
+                f"expected layer_mapping as {{the teacher's block: the student's}}, got {self.layer_mapping!r}; for "
+                f"example {_EXAMPLES['AttentionDistillation']}"
+            )
         _check_pairs("AttentionDistillation", list(self.layer_mapping.items()))
         _check_weight("attention_loss_weight", self.attention_loss_weight)
         half = next((pair for pair in self.pairs if 0 in pair), None)
@@ -206,7 +217,8 @@ class ProgressiveDistillation:
         progressive_loss_weight: weight of each block's term.
         ratio: of an exponential schedule, above 0.
         shares: of a custom schedule: the share of the training that each phase lasts, one a block, which sum to 1; or a
-            function that is given the number of blocks and returns them.
+            function, or its dotted path ``package.module:function``, that is given the number of blocks and returns
+            them.
         response: when the terms on the answers begin: with the ``last`` block, or ``throughout`` the training.
         hard: when the loss on the labels begins, likewise.
         loss: a loss that compares vectors.
@@ -222,8 +234,8 @@ class ProgressiveDistillation:
     student_layers: int
     distillation_schedule: Literal["linear", "exponential", "custom"] = "linear"
     progressive_loss_weight: float = 1.0
-    ratio: float = 2.0
-    shares: Sequence[float] | Callable[[int], Sequence[float]] | None = None
+    ratio: float = _RATIO
+    shares: Sequence[float] | str | Callable[[int], Sequence[float]] | None = None
     response: When = "last"
     hard: When = "last"
     loss: str = "mse"
@@ -243,12 +255,27 @@ class ProgressiveDistillation:
                 f"'{self.distillation_schedule}'; {did_you_mean(self.distillation_schedule, _SCHEDULES)}"
             )
         _check_weight("progressive_loss_weight", self.progressive_loss_weight)
+        _check_number("ratio", self.ratio)
+        if self.distillation_schedule != "exponential" and self.ratio != _RATIO:
+            raise TrainingError(
+                f"distillation_schedule='{self.distillation_schedule}' makes no use of ratio={self.ratio}; say "
+                "distillation_schedule='exponential'"
+            )
         _check_soft(self.loss)
-        name, options = "progressive", {key: value for key, value in self.scheme().items() if key != "name"}
-        problems = schemes.check(name, options)
-        if problems:
-            raise TrainingError("; ".join(str(problem) for problem in problems))
-        schemes.get(name)(**options)._begins(self.student_layers)
+        self._check_scheme()
+
+    def _check_scheme(self) -> None:
+        try:
+            name, options = "progressive", {key: value for key, value in self.scheme().items() if key != "name"}
+            problems = schemes.check(name, options)
+            if problems:
+                raise TrainingError("; ".join(str(problem) for problem in problems))
+            schemes.get(name)(**options)._begins(self.student_layers)
+        except (TypeError, ValueError) as error:
+            raise TrainingError(
+                f"expected shares of ProgressiveDistillation as {self.student_layers} numbers that sum to 1, or what "
+                f"returns them for the number of blocks, got {self.shares!r}: {error}"
+            ) from error
 
     def scheme(self) -> dict[str, Any]:
         """Return the scheme as a recipe writes it."""
@@ -257,7 +284,7 @@ class ProgressiveDistillation:
         if self.distillation_schedule == "exponential":
             found["ratio"] = self.ratio
         if given is not None:
-            found["shares"] = [float(share) for share in given]
+            found["shares"] = given if isinstance(given, str) else [float(share) for share in given]
         return {**found, "response": self.response, "hard": self.hard}
 
     def terms(self, student_heads: int | None = None, teacher_heads: int | None = None) -> dict[str, dict[str, Any]]:
@@ -291,7 +318,8 @@ class DistillationConfig:
             the part of that name, ``"combined"`` all parts that are given.
         temperature: T of the softened answers.
         alpha: weight of the soft loss.
-        beta: weight of the loss on the labels; 1 − alpha if omitted. Given ones are taken as they are.
+        beta: weight of the loss on the labels; 1 − alpha if omitted, for which alpha is 1 at most. Given ones are taken
+            as they are.
         features: for ``"feature"``, as another way to say it: the student's signal to the teacher's, such as
             ``{"hidden.3": "hidden.6"}``, compared by ``mse`` behind a linear layer.
         feature_weight: weight of each of these terms.
@@ -330,6 +358,12 @@ class DistillationConfig:
     progressive_distillation: ProgressiveDistillation | None = None
 
     def __post_init__(self) -> None:
+        for name, right in zip(
+            _PARTS, (FeatureDistillation, AttentionDistillation, ProgressiveDistillation), strict=True
+        ):
+            part = getattr(self, f"{name}_distillation")
+            if part is not None and not isinstance(part, right):
+                raise TrainingError(f"expected {name}_distillation={right.__name__}(…), got {part!r}")
         kind, given = self.distillation_type, [name for name in _PARTS if self._given(name)]
         known = ("logit", *_PARTS, "combined")
         if kind not in known:
@@ -343,15 +377,18 @@ class DistillationConfig:
                 f"distillation_type='{kind}' makes no use of {unused[0]}_distillation; say distillation_type='{right}'"
             )
         if kind != "logit" and not given:
-            name: str = "feature" if kind == "combined" else kind
+            name = "feature" if kind == "combined" else kind
             raise TrainingError(
                 f"distillation_type='{kind}' needs {'a part, such as ' if kind == 'combined' else ''}"
                 f"{name}_distillation={_EXAMPLES[f'{name.title()}Distillation']}"
             )
+        _check_number("temperature", self.temperature)
         if self.temperature <= 0:
             raise TrainingError(f"expected a temperature above 0, got {self.temperature}; 1 leaves answers as they are")
         for name in ("alpha", "beta", "feature_weight"):
             _check_weight(name, getattr(self, name))
+        if self.beta is None and self.alpha > 1:
+            raise TrainingError(f"alpha={self.alpha} leaves beta = 1 − alpha below 0; give beta")
 
     @property
     def parts(self) -> list[Part]:
@@ -440,8 +477,16 @@ def _check_depth(where: str, whose: str, layers: Iterable[int | str], depth: int
         )
 
 
+def _check_number(name: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise TrainingError(f"expected {name} to be a finite number, got {number!r}")
+
+
 def _check_weight(name: str, weight: float | None) -> None:
-    if weight is not None and not weight >= 0:
+    if weight is None:
+        return
+    _check_number(name, weight)
+    if weight < 0:
         raise TrainingError(f"expected {name} of 0 or more, got {weight}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -51,14 +53,15 @@ class MultiTaskDistiller:
     """Distils teachers of several tasks, or one of them all, into one student with a head for each task.
 
     The student has one output for each class of each task, called ``TASK/CLASS``; a sample is answered and judged among
-    the classes of its own task. The objective is Σ over the tasks of weight · (α·T²·KL + β·cross-entropy), each the
-    mean over the samples of that task.
+    the classes of its own task. The objective is Σ over the tasks of weight · (α·T²·KL + β·cross-entropy + the terms on
+    layers), each the mean over the samples of that task, or over their tokens.
 
     Args:
         tasks: their names: ``sentiment`` (a text), ``nli`` (two texts, such as ``premise`` and ``hypothesis``), or any
-            other for texts or images whose columns are found.
-        task_weights: the weight of each in the objective; 1 for all, divided by their number, if omitted.
-        student: who learns.
+            other for texts or images whose columns are found. ``qa`` joins with its task.
+        task_weights: the weight of each in the objective, in their order or by their names; 1 for all, divided by their
+            number, if omitted.
+        student: who learns; it and the teachers can also be given to :meth:`distill`.
         teachers: the teacher of each task, with the classes of that task; one whose head is new is fine-tuned first on
             the rows of its task.
         teacher: in place of these, one teacher of all tasks.
@@ -73,7 +76,7 @@ class MultiTaskDistiller:
             omitted. Columns and names of classes are in ``options``.
 
     Raises:
-        TaskError: no tasks, a task twice, or one that there is not yet.
+        TaskError: no tasks, or a task twice.
         TrainingError: weights or teachers that do not fit the tasks, or settings that contradict each other.
 
     Reference: Clark et al. 2019 (BAM!), https://arxiv.org/abs/1907.04829.
@@ -82,9 +85,9 @@ class MultiTaskDistiller:
     def __init__(
         self,
         tasks: Sequence[str],
-        task_weights: Sequence[float] | None = None,
+        task_weights: Sequence[float] | Mapping[str, float] | None = None,
         *,
-        student: StudentModel,
+        student: StudentModel | None = None,
         teachers: Mapping[str, TeacherModel] | None = None,
         teacher: TeacherModel | None = None,
         shared_distillation: bool = True,
@@ -96,18 +99,38 @@ class MultiTaskDistiller:
         self.tasks = list(tasks)
         _check_tasks(self.tasks)
         self.weights = _weights(self.tasks, task_weights)
-        self.student, self.teachers = student, _teachers(self.tasks, teachers, teacher)
-        self.one_teacher = teacher is not None
+        self.student: StudentModel | None = None
+        self.teachers: dict[str, TeacherModel] = {}
+        self._take(student, teachers, teacher)
         self.shared_distillation, self.sampling = shared_distillation, sampling
         self.options = {name: dict(own) for name, own in (options or {}).items()}
         _check_options(self.tasks, self.options)
         config = config or DistillationConfig()
         if feature_distillation is not None:
+            if config.feature_distillation is not None:
+                raise TrainingError("expected feature_distillation once, got it here and in `config`; leave one out")
             kind = "feature" if config.distillation_type == "logit" else config.distillation_type
             config = replace(config, distillation_type=kind, feature_distillation=feature_distillation)
         self.config = config
         _check_config(config, shared=shared_distillation)
-        if student.config.keep_blocks is not None and not self.one_teacher:
+
+    @property
+    def one_teacher(self) -> bool:
+        """Whether one teacher teaches all tasks."""
+        return list(self.teachers) == [""]
+
+    def _take(
+        self,
+        student: StudentModel | None,
+        teachers: Mapping[str, TeacherModel] | None,
+        teacher: TeacherModel | None,
+    ) -> None:
+        """Take what is given of student and teachers in place of what there is."""
+        self.student = student or self.student
+        if teachers is not None or teacher is not None:
+            self.teachers = _teachers(self.tasks, teachers, teacher)
+        cut = self.student is not None and self.student.config.keep_blocks is not None
+        if cut and self.teachers and not self.one_teacher:
             raise TrainingError("a student with keep_blocks is cut from one teacher: give `teacher`, or name its model")
 
     def distill(
@@ -118,6 +141,9 @@ class MultiTaskDistiller:
         test_datasets: Mapping[str, Any] | None = None,
         args: TrainingArguments | Mapping[str, Any] | None = None,
         output: str | Path | None = None,
+        student: StudentModel | None = None,
+        teachers: Mapping[str, TeacherModel] | None = None,
+        teacher: TeacherModel | None = None,
     ) -> Distillation:
         """Distil and return what came out; the same call goes on with a run that was stopped.
 
@@ -129,14 +155,32 @@ class MultiTaskDistiller:
             test_datasets: if given, the models are judged on these, and ``eval_datasets`` are for choosing.
             args: how the models are trained, as :meth:`potstill.Distiller.distill` takes it.
             output: the run's folder; that of ``args``, or one under ``runs/``, if omitted.
+            student: for this time in place of the student there is; needed where there is none yet.
+            teachers: likewise.
+            teacher: likewise.
 
         Returns:
             The student and what was measured: the metrics of each task are called ``TASK/METRIC``, and ``mean`` is the
             mean over the tasks of the chief one of each.
 
         Raises:
-            PotstillError: data, models and settings do not go together; says what to do.
+            PotstillError: data, models and settings do not go together, or a task is one of questions; says what to do.
         """
+        _check_questions(self.tasks)
+        whole = copy(self)
+        whole._take(student or self._learner, teachers, teacher)
+        return whole._distilled(train_datasets, eval_datasets, test_datasets, args, output)
+
+    def _distilled(
+        self,
+        train_datasets: Mapping[str, Any],
+        eval_datasets: Mapping[str, Any] | None,
+        test_datasets: Mapping[str, Any] | None,
+        args: TrainingArguments | Mapping[str, Any] | None,
+        output: str | Path | None,
+    ) -> Distillation:
+        if not self.teachers:
+            _teachers(self.tasks, None, None)
         tables = self._tables(train_datasets, eval_datasets or {}, test_datasets)
         sections = {name: self._section(name, own["train"]) for name, own in tables.items()}
         labels = {name: str(section["label"]) for name, section in sections.items()}
@@ -151,6 +195,12 @@ class MultiTaskDistiller:
         run = Run(recipe, output, splits=splits)
         run.execute()
         return Distillation(run)
+
+    @property
+    def _learner(self) -> StudentModel:
+        if self.student is None:
+            raise TrainingError("there is no student yet; say MultiTaskDistiller(student=…) or distill(student=…)")
+        return self.student
 
     # ---- data ------------------------------------------------------------------------------------------------------
 
@@ -208,7 +258,7 @@ class MultiTaskDistiller:
             "task": {"name": "multi-task", "tasks": dict(sections), "sampling": self.sampling},
             "data": {"source": "given", "path": content},
             **self._who({}),
-            "student": student_section(self.student.config),
+            "student": student_section(self._learner.config),
             "objective": self._answers(splits),
             "scheme": self.config.scheme if self.shared_distillation else {"name": "separate_heads"},
             "train": {**TRAIN, **train},
@@ -253,16 +303,18 @@ class MultiTaskDistiller:
         }
 
     def _layers(self, plan: Plan, models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the terms on layers: of each task's teacher for its own rows, or of the one teacher for all."""
+        """Return the terms on layers, those of each task on its own rows: of its teacher, or of the one of all."""
         student = plan.student()
         if self.one_teacher:
-            return layer_terms(self.config, student, models["teacher"])
-        self._check_tokens(plan)
+            each = dict.fromkeys(self.tasks, layer_terms(self.config, student, models["teacher"]))
+        else:
+            self._check_tokens(plan)
+            each = {t: layer_terms(self.config, student, models[_teacher(t)], f"teacher of '{t}'") for t in self.tasks}
         found = {}
-        for task in self.tasks:
-            own = layer_terms(self.config, student, models[_teacher(task)], f"teacher of '{task}'")
+        for task, own in each.items():
+            before = "" if self.one_teacher else f"{_JOINED}/{task}/"
             for name, term in own.items() if self.weights[task] else ():
-                signal, weight = f"{_JOINED}/{task}/{term['teacher']}", term["weight"] * self.weights[task]
+                signal, weight = f"{before}{term['teacher']}", term["weight"] * self.weights[task]
                 found[f"{name}_{task}"] = {**term, "teacher": signal, "weight": weight, "mask": f"task/{task}"}
         return found
 
@@ -279,7 +331,7 @@ class MultiTaskDistiller:
 
     def _check_classes(self, plan: Plan) -> None:
         task: Any = plan.task
-        check_classes("student", self.student.config, task.label_names)
+        check_classes("student", self._learner.config, task.label_names)
         for name, model in self.teachers.items():
             names = task.part(name).label_names if name else task.label_names
             check_classes(f"teacher of '{name}'" if name else "teacher", model.config, names)
@@ -296,22 +348,35 @@ def _made(plan: Plan, name: str) -> Built:
 
 
 def _check_tasks(tasks: Sequence[str]) -> None:
+    if isinstance(tasks, str):
+        raise TaskError(f"expected the names of tasks as a list, got '{tasks}'; did you mean ['{tasks}']?")
     if not tasks or len(set(tasks)) < len(tasks):
         raise TaskError(f"expected the names of tasks, each once, got {list(tasks)}")
+
+
+def _check_questions(tasks: Sequence[str]) -> None:
     answering = [task for task in tasks if task in _QUESTIONS]
     if answering and ALIASES["qa"] not in known_tasks.names():
         raise TaskError(
-            f"the task '{answering[0]}' is question answering, which is not there yet; there are 'sentiment', 'nli' "
-            "and, by any other name, the classification of texts or images"
+            f"the task '{answering[0]}' is question answering, which joins with its task and is not there yet; there "
+            "are 'sentiment', 'nli' and, by any other name, the classification of texts or images"
         )
 
 
-def _weights(tasks: Sequence[str], given: Sequence[float] | None) -> dict[str, float]:
+def _weights(tasks: Sequence[str], given: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
+    if isinstance(given, Mapping):
+        _check_names("task_weights", given, tasks)
+        given = [given[task] for task in tasks if task in given]
+    if isinstance(given, str) or not isinstance(given, Iterable | None):
+        raise TrainingError(f"expected task_weights as a list of numbers, or as {{task: weight}}, got {given!r}")
     weights = [1 / len(tasks)] * len(tasks) if given is None else list(given)
     if len(weights) != len(tasks):
         raise TrainingError(
             f"expected a weight for each of the {len(tasks)} tasks ({', '.join(tasks)}), got {len(weights)}: {weights}"
         )
+    wrong = [w for w in weights if isinstance(w, bool) or not isinstance(w, int | float) or not math.isfinite(w)]
+    if wrong:
+        raise TrainingError(f"expected task_weights to be finite numbers, got {wrong[0]!r}")
     if min(weights) < 0 or not any(weights):
         raise TrainingError(f"expected task_weights of 0 or more, not all 0, got {weights}")
     return dict(zip(tasks, weights, strict=True))
@@ -360,6 +425,8 @@ def _check_config(config: DistillationConfig, *, shared: bool) -> None:
     for name in ("text", "image", "label", "label_names"):
         if getattr(config, name) is not None:
             raise TrainingError(f"each task has its own `{name}`; say MultiTaskDistiller(options={{TASK: {{…}}}})")
+    if config.feature_distillation is not None and config.feature_distillation.mask is not None:
+        raise TrainingError("with several tasks features are compared on the rows of each task; leave `mask` out")
     if config.features:
         raise TrainingError("with several tasks say feature_distillation=FeatureDistillation(…) in place of features")
     if config.parts and not shared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 import warnings
 from pathlib import Path
 
@@ -251,6 +252,25 @@ class TestRefusals:
 
 
 class TestOnDisk:
+    @pytest.mark.parametrize("name", ["data/{}", "data/../../{}", "data/in/../../{}", "{}"])
+    def test_a_saved_graph_writes_nothing_outside_its_folder(self, name, plain, tmp_path, monkeypatch):
+        (tmp_path / "tmp").mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+        target = tmp_path / "written"
+        key = name.format(target if ".." not in name else "written")
+        state = {**OnnxModel().read(plain).state_dict(), key: torch.ones(3, dtype=torch.uint8)}
+        with pytest.raises(ModelError, match="outside its folder"):
+            OnnxModel().load_state_dict(state)
+        assert sorted(each.name for each in tmp_path.rglob("*")) == ["tmp"]
+
+    @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_say_the_same(self, again, text):
+        model = OnnxModel().read(text)
+        copied = again(model)
+        assert accepted_inputs(copied) == accepted_inputs(model)
+        assert copied.fingerprint == model.fingerprint
+        assert torch.equal(respond(copied, texts())["logits"], respond(model, texts())["logits"])
+
     @pytest.mark.parametrize("which", ["plain", "text"])
     def test_it_comes_back_without_its_file_and_says_the_same(self, which, request, tmp_path):
         source = request.getfixturevalue(which)
@@ -310,13 +330,25 @@ class TestFacts:
         [
             ("names", "{0: 'bad', 2: 'good', 1: 'fair'}"),
             ("id2label", '{"1": "fair", "0": "bad", "2": "good"}'),
-            ("classes", "bad, fair, good"),
+            ("classes", "{'bad': 0, 'good': 2, 'fair': 1}"),
             ("labels", '["bad", "fair", "good"]'),
         ],
     )
     def test_labels_in_the_file(self, key, value, plain, tmp_path):
         path = with_metadata(plain, tmp_path, **{key: value})
         assert Blueprint(f"onnx:{path}").make(FACTS, seed=0).labels == ["bad", "fair", "good"]
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("labels", "Trained on CIFAR, 2024, at home"),
+            ("names", "[" * 5000),
+            ("classes", "{'bad': 'x', 'fair': [], 'good': {}}"),
+            ("labels", "['one', 'too', 'many', 'here']"),
+        ],
+    )
+    def test_what_is_no_list_of_its_classes(self, key, value, plain, tmp_path):
+        assert model_of(with_metadata(plain, tmp_path, **{key: value})).labels == []
 
     def test_labels_beside_the_file(self, text, plain):
         assert Blueprint(f"onnx:{text}").make(FACTS, seed=0).labels == ["bad", "fair", "good"]

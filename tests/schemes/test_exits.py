@@ -185,6 +185,33 @@ def test_features_of_another_layer_and_width():
     assert module.extension.heads[0].bottleneck[0].out_channels == 5
 
 
+class Backwards(nn.Module):
+    """Registers its classifier first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.one, self.two = nn.Linear(6, 3), nn.Linear(5, 6), nn.Linear(6, 6)
+
+    def forward(self, features):
+        return self.head(self.two(self.one(features).relu()).relu())
+
+
+def test_the_last_linear_layer_must_give_the_logits():
+    batch = {"features": torch.randn(4, 5), "labels": torch.tensor([0, 1, 2, 0]), "sample_id": IDS}
+    with pytest.raises(ObjectiveError, match=r"exits took 'two'.*`scheme: \{features: 'input:head'\}`"):
+        ready(Backwards(), batch, at=["one"])
+    assert "exit.features" in ready(Backwards(), batch, at=["one"], features="input:head").signals(batch)
+
+
+def test_a_classifier_of_which_one_token_counts_is_right():
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, num_labels=3, pad_token_id=0)
+    config.bos_token_id = config.eos_token_id = None
+    ids = torch.randint(5, 20, (4, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 0])}
+    module = ready(transformers.GPT2ForSequenceClassification(config), batch | {"sample_id": IDS}, at=["hidden.1"])
+    assert module.signals(batch)["exit.features"].shape == (4, 8)
+
+
 def test_maps_with_channels_last():
     extension = ExitHeads(["stage"], deepest=None)
     stage = torch.randn(2, 4, 4, 7)

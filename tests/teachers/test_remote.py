@@ -8,8 +8,10 @@ import json
 import math
 import pickle
 import re
+import socket
 import threading
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -430,6 +432,70 @@ def interrupted(answered, data):
     return answered
 
 
+@pytest.mark.parametrize("line", [b"HTTP/1.1 100 Continue\r\n\r\n", b"a"])
+def test_headers_that_never_end_are_an_error_in_time(line) -> None:
+    over = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            try:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: " if line == b"a" else line)
+                for _ in range(100):
+                    connection.sendall(line)
+                    if over.wait(0.05):
+                        return
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,), daemon=True)
+        thread.start()
+        client = Client(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=0.3, retries=0)
+        with pytest.raises(TrainingError, match=r"no whole answer within 0\.3 s"):
+            client.ask({}, lambda answer: answer, about="sample 0", expected="an answer")
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("what", [("status", 401, "{}"), ("raw", b"{}"), ("raw", b'{"logits": "{}"}')])
+def test_secrets_that_a_server_repeats_are_not_shown(what, monkeypatch) -> None:
+    secret = 'hunter"2' + "x" * 300
+    monkeypatch.setenv("FAR_KEY", secret)
+    spelt = json.dumps(secret)[1:-1]
+    filled = [part.replace("{}", spelt) if isinstance(part, str) else part for part in what]
+    filled = [part.replace(b"{}", spelt.encode()) if isinstance(part, bytes) else part for part in filled]
+    with Served(fine) as server:
+        server.next.append(tuple(filled))
+        source = http(server, headers={"Authorization": "Bearer env:FAR_KEY"}, retries=0)
+        with pytest.raises(TrainingError, match="env:FAR_KEY") as caught:
+            source(batch([0]))
+    assert "hunter" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_query_of_an_address_is_not_shown() -> None:
+    with Served(fine) as server:
+        server.next.append(("status", 401, "no"))
+        client = Client(f"{server.url}/ask?key=hunter2", retries=0)
+        with pytest.raises(TrainingError, match=rf"the teacher at {server.url}/ask, asked") as caught:
+            client.ask({}, lambda answer: answer, about="sample 0", expected="an answer")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("http://[::1]/predict", ("::1", 80)),
+        ("https://[fe80::ab]/", ("fe80::ab", 443)),
+        ("http://[::1]:8000/", ("::1", 8000)),
+    ],
+)
+def test_addresses_in_brackets(url, place) -> None:
+    connection, _ = Client(url)._connection()
+    assert (connection.host, connection.port) == place
+
+
 def test_a_pickled_source_works_and_holds_no_secret(monkeypatch) -> None:
     monkeypatch.setenv("FAR_KEY", "hunter2")
     with Served(fine) as server:
@@ -456,6 +522,7 @@ def test_a_pickled_source_works_and_holds_no_secret(monkeypatch) -> None:
         ({"url": "http://me:word@localhost"}, "holds a user or a password"),
         ({"url": "localhost:8000"}, "expected an address such as"),
         ({"url": "http://localhost:port"}, "is no address"),
+        ({"url": "http://[fe80::ab/"}, "is no address"),
         ({"batch_size": 0}, "at least 1"),
         ({"timeout": 0}, "expected timeout > 0"),
         ({"retries": -1}, "retries >= 0"),

@@ -17,6 +17,10 @@ from potstill.interfaces import Progress
 from potstill.losses.objective import Objective, Term
 from potstill.models.plain import Mlp
 from potstill.schemes.lesson import Learner, Lesson
+from potstill.teachers.context import SourceContext
+from potstill.teachers.ensemble import Ensemble
+from potstill.teachers.live import Deferred, Live
+from potstill.teachers.moving_average import moving_average
 from potstill.training.learners import JointModule, split_groups
 from potstill.training.trainer import DistillationTrainer, ready_batch
 from tests.training.tiny import arguments, flat, pairs, student, teacher
@@ -106,7 +110,7 @@ class TestSettings:
         coach = mlp(8, 1)
         made = trained(
             tmp_path, mlp(4, 2), objective(), learners={"coach": Learner(coach, learning_rate=1e-4, weight_decay=0.5)},
-            weight_decay=0.1, lr_scheduler_type="constant",
+            weight_decay=0.0, lr_scheduler_type="constant",
         )  # fmt: skip
         groups = {id(p): group for group in made.optimizer.param_groups for p in group["params"]}
         assert {groups[id(p)]["lr"] for p in coach.parameters()} == {1e-4}
@@ -190,3 +194,46 @@ class TestWhoHearsWhom:
         wanted = own.body[1].weight.grad
         assert wanted is not None
         assert torch.allclose(model.body[1].weight.grad, wanted, rtol=0, atol=1e-7)
+
+
+class TestSourcesWithin:
+    """What changes or is kept on disk may stand inside an ensemble."""
+
+    @staticmethod
+    def parts() -> tuple[Any, Any, nn.Module]:
+        learner = mlp(4, 2)
+        mean = moving_average(SourceContext("mean", student=learner), decay=0.5, warm_up=False)
+        return mean, Ensemble({"mean": mean, "fixed": Live(mlp(8, 1))}), learner
+
+    def test_an_average_in_an_ensemble_moves_once_a_step_and_is_saved(self, tmp_path: Path) -> None:
+        """Named twice, by itself and in the ensemble, it would move twice a step."""
+        mean, both, learner = self.parts()
+        terms = objective(soft=Term("kl", teacher="both/logits"), calm=Term("kl", teacher="mean/logits"))
+        made = trained(tmp_path, learner, terms, teacher={"mean": mean, "both": both}, save_strategy="steps",
+                       save_steps=2, max_steps=3)  # fmt: skip
+        assert [float(v) for k, v in mean.state_dict().items() if k == "updates"] == [3.0]
+        mean2, both2, other = self.parts()
+        again = trained(tmp_path, other, objective(**dict(terms.named_terms())), teacher={"mean": mean2, "both": both2},
+                        resume=tmp_path / "checkpoint-2", max_steps=3)  # fmt: skip
+        assert torch.equal(flat(mean.model), flat(mean2.model))
+        assert torch.equal(flat(again.distillation_module.student), flat(made.distillation_module.student))
+
+    def test_every_teacher_within_gets_its_columns(self, tmp_path: Path) -> None:
+        """A BERT in an ensemble without its token types would be silently wrong."""
+        both = Ensemble({"one": Live(teacher()), "other": Live(teacher())})
+        made = DistillationTrainer(model=student(), teacher=both, train_dataset=pairs(), args=arguments(tmp_path))
+        assert "token_type_ids" in next(iter(made.get_train_dataloader()))
+
+    def test_one_that_nobody_reads_is_not_loaded(self, tmp_path: Path) -> None:
+        def load() -> Live:
+            raise AssertionError
+
+        sources = {"large": Deferred(load), "small": Live(mlp(8, 1))}
+        trained(tmp_path, mlp(4, 2), objective(soft=Term("kl", teacher="small/logits")), teacher=sources, max_steps=2)
+
+    @pytest.mark.parametrize("name", ["student", "self"])
+    def test_names_that_are_taken(self, name: str) -> None:
+        with pytest.raises(TrainingError, match=f"cannot be called '{name}'"):
+            JointModule(
+                Lesson(Learner(mlp(4, 2), objective()), {name: Learner(mlp(8, 1)), "other": Learner(mlp(8, 3))})
+            )

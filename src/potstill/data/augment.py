@@ -125,11 +125,11 @@ def make_views(
     parts: dict[str, list[tuple[Callable[..., Any], Mapping[str, Any]]]] = {"steps": [], "mixes": []}
     for step in steps:
         name, options = split_step(step)
-        problems = augmentations.check(name, options)
+        problems = augmentations.check(name, options, allow_code=False)  # of registered ones alone
         if problems:
             raise DataError("; ".join(str(problem) for problem in problems))
         mixes = augmentations.facts(name).get("kind") == "mix"
-        parts["mixes" if mixes else "steps"].append((augmentations.get(name), options))
+        parts["mixes" if mixes else "steps"].append((augmentations.get(name, allow_code=False), options))
     made = {key: (key, finish)} if keys is None else dict(keys)
     return Views(made, seed, tuple(parts["steps"]), tuple(parts["mixes"]), num_classes)
 

@@ -171,12 +171,12 @@ class Texts(InMemory):
 
 def _function(step: Step) -> tuple[Callable[..., list[str]], Mapping[str, Any]]:
     name, options = split_step(step)
-    problems = augmentations.check(name, options)
+    problems = augmentations.check(name, options, allow_code=False)  # of registered ones alone
     if problems:
         raise DataError("; ".join(str(problem) for problem in problems))
     if augmentations.facts(name).get("kind") != "text":
         raise DataError(f"'{name}' does not change texts")
-    return augmentations.get(name), options
+    return augmentations.get(name, allow_code=False), options
 
 
 def _prefixed(views: Mapping[str, Batch]) -> Batch:

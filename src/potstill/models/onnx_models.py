@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class OnnxModel(nn.Module):
     Raises:
         ComponentError: onnx or onnxruntime is not installed.
     """
+
+    _inputs: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(
         self, output: str | None = None, probabilities: bool | None = None, providers: Sequence[str] | None = None
@@ -175,9 +177,13 @@ class OnnxModel(nn.Module):
             self._files = {}
             raise ModelError(f"{name}: {error}") from error
         self.fingerprint = digest.hexdigest()
-        self.labels = _metadata_labels(session.get_modelmeta().custom_metadata_map)
         self.__class__ = _taking(tuple(each.name for each in session.get_inputs()))
-        self._answers()
+        labels = _metadata_labels(session.get_modelmeta().custom_metadata_map)
+        self.labels = labels if self.num_labels in (None, len(labels)) else []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how a copy is made, whose class has the same inputs."""
+        return _blank, (type(self)._inputs,), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of: it opens the graph for itself."""
@@ -298,7 +304,13 @@ def _taking(names: tuple[str, ...]) -> type[OnnxModel]:
     named = [inspect.Parameter(name, kind, default=None) for name in names if name.isidentifier()]
     signature = inspect.Signature([inspect.Parameter("self", kind), *named])
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    return type("OnnxModel", (OnnxModel,), {"forward": forward, "__module__": __name__})
+    return type("OnnxModel", (OnnxModel,), {"forward": forward, "_inputs": names, "__module__": __name__})
+
+
+def _blank(inputs: tuple[str, ...] | None) -> OnnxModel:
+    """Return a model of a graph with these inputs, for a state to be put into it."""
+    kind = OnnxModel if inputs is None else _taking(inputs)
+    return kind.__new__(kind)
 
 
 def _files_of(path: Path) -> dict[str, Tensor]:
@@ -334,8 +346,13 @@ def _session(files: Mapping[str, Tensor], providers: Sequence[str]) -> Any:
     """Return what runs a graph, by as many threads as torch has.
 
     Raises:
-        ModelError: a provider is not there, or ONNX Runtime cannot run the graph.
+        ModelError: a provider is not there, a file lies outside the graph's folder, or ONNX Runtime cannot run the
+            graph.
     """
+    for name in files:
+        place = PurePosixPath(name.removeprefix(_DATA))
+        if place.is_absolute() or ".." in place.parts:
+            raise ModelError(f"the saved graph keeps weights in '{place}', outside its folder")
     import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     known = onnxruntime.get_available_providers()
@@ -378,17 +395,17 @@ def _fed(name: str, value: Tensor, wanted: str) -> Any:
 
 
 def _metadata_labels(metadata: Mapping[str, str]) -> list[str]:
-    """Return the names of the classes among what a graph says of itself; none where there are none."""
-    for key in _LABELS:
-        if key in metadata:
-            try:
-                found = ast.literal_eval(metadata[key])
-            except (ValueError, SyntaxError):
-                found = [each.strip() for each in metadata[key].split(",")]
-            if isinstance(found, Mapping):
-                found = [found[place] for place in sorted(found, key=int)]
-            return [str(label) for label in found] if isinstance(found, list | tuple) else []
-    return []
+    """Return the names of the classes among what a graph says of itself; none where it lists none."""
+    text = next((metadata[key] for key in _LABELS if key in metadata), "[]")
+    try:
+        found = ast.literal_eval(text)
+        if isinstance(found, Mapping):
+            numbers = all(isinstance(each, int) for each in found.values())
+            named = {place: name for name, place in found.items()} if numbers else found
+            found = [named[place] for place in sorted(named, key=int)]
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return [str(label) for label in found] if isinstance(found, list | tuple) else []
 
 
 def _config_labels(folder: Path) -> list[str]:

@@ -302,7 +302,9 @@ class Sklearn:
             made = kind(**kwargs)
             if hasattr(made, "_parameter_constraints"):
                 made._validate_params()
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # libraries have classes of their own
+            if not isinstance(error, ValueError | TypeError) and "." not in name:
+                raise
             wrong = next((key for key in kwargs if f"'{key}'" in str(error)), None)
             return [Problem((*path, "kwargs", *([] if wrong is None else [wrong])), str(error))]
         return []
@@ -367,7 +369,7 @@ def _class(name: str) -> Any:
         return kind
     try:
         kind = getattr(importlib.import_module(module), attribute, None)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # of the module's own code
         raise ModelError(f"'sklearn:{name}': the module {module} cannot be imported: {error}") from error
     lacking = [each for each in ("fit", "predict_proba", "get_params", "set_params") if not hasattr(kind, each)]
     if not inspect.isclass(kind) or lacking:
@@ -387,7 +389,7 @@ def _parameters(kind: Any) -> dict[str, Any]:
     found = {name: p for name, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
     if len(found) == len(inspect.signature(kind).parameters):
         return found
-    with suppress(ValueError, TypeError):  # those that are made of keywords say the rest themselves
+    with suppress(Exception):  # those that are made of keywords say the rest themselves
         found |= kind().get_params(deep=False)
     return found
 

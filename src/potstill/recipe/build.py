@@ -204,8 +204,8 @@ def check_tokens(recipe: Recipe, objective: Objective, batch: Batch) -> None:
         if f"{teacher_prefix(recipe, name)}input_ids" not in batch:
             continue
         for term_name, term in objective.named_terms():
-            several = len(recipe.all_teachers) > 1
-            own = [s for s in term.teacher if not term.hard and (not several or s.startswith(f"{name}/"))]
+            several, prefixes = len(recipe.all_teachers) > 1, tuple(_prefixes(recipe, name))
+            own = [s for s in term.teacher if not term.hard and (not several or s.startswith(prefixes))]
             signal = next((s for s in own if _BY_TOKEN.search(s)), None)
             if signal is not None:
                 raise ObjectiveError(
@@ -319,16 +319,40 @@ def signals_of(
         name: the teacher's.
         among: the names of all teachers that these objectives have; those of the recipe if omitted.
     """
-    owners = [name, *(other for other, spec in recipe.all_teachers.items() if name in _named_in(spec.source))]
     read = [signal for objective in objectives for signal in objective.taps("teacher")]
-    found = [signal.partition("/")[2] for signal in read for owner in owners if signal.startswith(f"{owner}/")]
+    found = [signal.removeprefix(p) for signal in read for p in _prefixes(recipe, name) if signal.startswith(p)]
+    found = [signal for signal in found if "/" not in signal]  # `nli/hidden.3` of a source is one teacher's alone
     if len(recipe.all_teachers if among is None else among) == 1:
         found += [signal for signal in read if not signal.startswith((f"{name}/", "self/"))]
-    task = recipe.all_teachers[name].task
-    if task is not None:  # a source of several tasks calls what it reads of the teacher of one `TASK/SIGNAL`
-        found = [signal.removeprefix(f"{task}/") for signal in found]
-        found = [signal for signal in found if "/" not in signal]
+    for other, spec in recipe.all_teachers.items():
+        by_task = name in _tasks_of(spec.source) and any(f"{p}logits" in read for p in _prefixes(recipe, other))
+        if by_task or (found and _weighs_by_logits(spec.source, name)):
+            found.append("logits")
     return list(dict.fromkeys(found))
+
+
+def _prefixes(recipe: Recipe, name: str) -> list[str]:
+    """Return what signals that come from one teacher begin with: its name, or that of a source made of it."""
+    found = [f"{name}/"]
+    for other, spec in recipe.all_teachers.items():
+        if other != name and name in _tasks_of(spec.source):  # which calls what is of one task `TASK/SIGNAL`
+            mine = [task for task, one in split_step(spec.source or "")[1]["teachers"].items() if one == name]
+            found += [f"{prefix}{task}/" for prefix in _prefixes(recipe, other) for task in mine]
+        elif other != name and name in _named_in(spec.source):
+            found += _prefixes(recipe, other)
+    return found
+
+
+def _tasks_of(source: Any) -> set[str]:
+    """Return the teachers of single tasks that a source is made of."""
+    kind, options = split_step(source or "none")
+    return set(dict(options["teachers"]).values()) if kind == "per_task" else set()
+
+
+def _weighs_by_logits(source: Any, name: str) -> bool:
+    """Return whether a source is an ensemble with this teacher that weighs the layers of each by its logits."""
+    kind, options = split_step(source or "none")
+    return kind == "ensemble" and options.get("by") == "confidence" and name in _named_in(options)
 
 
 def teacher_taps(recipe: Recipe, objective: Objective, name: str) -> list[str]:

@@ -105,9 +105,12 @@ def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
     if kind:
         trained: list[Path_] = [("train",), ("baseline", "train"), ("teacher", "train")]
         trained += [("teachers", owner, "train") for owner in section(tree, "teachers")]
-        for path in (("data",), *trained):
-            problems += check_augmentations(items(section(tree, *path).get("augment")), kind, (*path, "augment"))
-            if kind != "text" and section(tree, *path).get("batch_tokens") is not None:
+        places = [(path, section(tree, *path)) for path in (("data",), *trained)]
+        stages = enumerate(items(tree.get("stages")))
+        places += [(("stages", place, "train"), section(stage, "train")) for place, stage in stages]
+        for path, own in places:
+            problems += check_augmentations(items(own.get("augment")), kind, (*path, "augment"))
+            if kind != "text" and own.get("batch_tokens") is not None:
                 what = f"batch_tokens counts the tokens of texts, and this is data of the kind '{kind}'"
                 problems.append(Problem((*path, "batch_tokens"), what, "use batch_size"))
     return problems

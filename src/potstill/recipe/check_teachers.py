@@ -10,6 +10,7 @@ from torch.nn import ModuleDict
 from potstill.data.augment import split_step
 from potstill.errors import DataError, Problem, did_you_mean
 from potstill.recipe.check_terms import check_objective, soft_terms
+from potstill.recipe.generations import GENERATION
 from potstill.recipe.trees import Path_, items, section, unknown
 from potstill.registry import teacher_sources
 
@@ -45,11 +46,22 @@ def check_teachers(tree: Mapping[str, Any], *, allow_code: bool) -> list[Problem
         problems += _kind(own, path, before, allow_code)
         problems += _own_objective(own, path, tree, name, allow_code)
         before[name] = own
-    joint = next((name for name, own in before.items() if _is_joint(own)), None)
-    if joint is not None and section(tree, "scheme").get("name") == "born_again":
-        message = f"earlier generations are trained before the student, and the teacher '{joint}' with it"
-        problems.append(Problem(("scheme", "name"), message, "train it first, as in `train: {epochs: 3}`"))
+    if section(tree, "scheme").get("name") == "born_again":
+        problems += _found(tree.get("objective"), ("objective",)) + _generations(before)
     return problems + _named_by_terms(tree)
+
+
+def _generations(teachers: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    """Earlier generations are trained before the student, and have names of their own."""
+    problems = []
+    for name, own in teachers.items():
+        if _is_joint(own):
+            message = f"earlier generations are trained before the student, and the teacher '{name}' with it"
+            problems.append(Problem(("scheme", "name"), message, "train it first, as in `train: {epochs: 3}`"))
+        if name.startswith(GENERATION):
+            message = f"a teacher cannot be called '{name}', which is an earlier generation's name"
+            problems.append(Problem(("teachers", name), message, "choose another name"))
+    return problems
 
 
 def check_cut(own: Mapping[str, Any], path: Path_, names: Collection[str], what: str) -> list[Problem]:
@@ -110,6 +122,9 @@ def _training(own: Mapping[str, Any], path: Path_) -> list[Problem]:
         return [
             Problem((*path, "joint"), "expected `train: {…}` or `train: jointly`, got both", "leave out one of them")
         ]
+    if own.get("task") and own.get("objective") is not None:
+        message = "a teacher of one task learns from the labels of its rows alone"
+        return [Problem((*path, "objective"), message, "leave out the objective")]
     if not _is_joint(own):
         return []
     usual: dict[str, Any] = {"cache": "auto", "precision": None, "compile": False, "task": None}
@@ -160,7 +175,7 @@ def _own_objective(
     if not own.get("train") and not jointly:
         fix = "add `train: {epochs: 3}`, or `train: jointly` to learn at the same time as the student"
         return [Problem(where, f"the teacher '{name}' has an objective and is not trained", fix)]
-    problems = check_objective(own["objective"], where, allow_code=allow_code)
+    problems = check_objective(own["objective"], where, allow_code=allow_code) + _found(own["objective"], where)
     every = teachers_of(tree)
     known = [each for each in every if each != name]
     if not jointly:
@@ -173,6 +188,17 @@ def _own_objective(
         else:
             problems += _same(spec, place) + _signals(spec, place, known, qualified=len(known) > 1)
     return problems
+
+
+def _found(objective: Any, path: Path_) -> list[Problem]:
+    """Layers are found for the student's objective alone."""
+    return [
+        Problem(
+            (*place, "layers"), f"`{spec['layers']}` finds layers for the student alone", "say them, as in `{1: 2}`"
+        )
+        for place, spec in soft_terms(objective, path)
+        if isinstance(spec.get("layers"), str)
+    ]
 
 
 def _is_joint(own: Mapping[str, Any]) -> bool:

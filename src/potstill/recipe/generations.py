@@ -49,15 +49,16 @@ def _student_as_teacher(recipe: Recipe, terms: Mapping[str, TermSpec] | None) ->
 
 
 def _handed_on(terms: Mapping[str, TermSpec], owner: str, several: bool) -> dict[str, TermSpec]:
-    """Return the terms with one teacher in place of all; of those that are then alike the weights are added up."""
+    """Return the terms with one teacher in place of all; where terms are alike, weights that are numbers are added."""
     found: dict[str, TermSpec] = {}
     for name, spec in terms.items():
         made = _from(spec, owner, several) if compares(spec.loss) and not _of_itself(spec) else spec
         twin = next((key for key, each in found.items() if _but_weight(each) == _but_weight(made)), None)
-        if twin is None:
+        weight = None if twin is None else _sum(found[twin].weight, made.weight)
+        if twin is None or weight is None:
             found[name] = made
         else:
-            found[twin] = found[twin].model_copy(update={"weight": _sum(found[twin].weight, made.weight)})
+            found[twin] = found[twin].model_copy(update={"weight": weight})
     return found
 
 
@@ -78,6 +79,6 @@ def _but_weight(spec: TermSpec) -> dict[str, Any]:
     return spec.model_dump(exclude={"weight"})
 
 
-def _sum(one: Any, other: Any) -> Any:
-    numbers = [1.0 if each is None else each for each in (one, other)]
-    return sum(numbers) if all(isinstance(each, int | float) for each in numbers) else one
+def _sum(one: Any, other: Any) -> float | None:
+    """Return the sum of two weights; ``None`` where one is a ramp or the one that its loss was published with."""
+    return one + other if isinstance(one, int | float) and isinstance(other, int | float) else None

@@ -98,6 +98,8 @@ def teacher_key(run: Run, name: str) -> str:
     others = _origins(run, name)
     if others:
         about["others"] = others
+    if spec.objective is not None:
+        about["taught_on"] = table_hash(run.splits.taught_on)
     return content_hash({**about, "potstill": __version__, "torch": torch.__version__})
 
 

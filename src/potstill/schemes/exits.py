@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from potstill.data.draws import Draws
 from potstill.errors import ObjectiveError, TrainingError
-from potstill.interfaces import Batch, Signals
+from potstill.interfaces import FOREIGN, Batch, Signals
 from potstill.knowledge.layouts import Layout, layout_of
 from potstill.losses.objective import Objective, Term, default_objective
 from potstill.registry import schemes
@@ -26,6 +26,7 @@ FEATURES = "exit.features"
 
 _SIGNAL = re.compile(r"exit\.(?:(?P<number>[1-9]\d*)(?:\.features)?|features)")
 _HARD = "cross_entropy"
+_NEAR = 0.99  # of FOREIGN, which bf16 rounds
 
 
 @schemes.register("exits", reference="https://arxiv.org/abs/1905.08094", makes=("exit.",))
@@ -54,8 +55,8 @@ class Exits:
         at: signals of the student, such as ``[hidden.2, hidden.4]`` or ``[layer1, layer2]``.
         width: inside an exit; a quarter of the features' if omitted, at least 8.
         pool: of tokens, for a student that gives one answer a sample.
-        features: the student's signal that enters its classifier, such as ``input:fc``; found if omitted, as the input
-            of the last linear layer.
+        features: the student's signal that enters its classifier, such as ``input:fc``; if omitted, the input
+            of the last linear layer, which must give the logits.
         alpha: share of the soft term, from 0 to 1.
         temperature: of the soft term.
         hint: weight of the hints; 0 leaves them out.
@@ -105,10 +106,13 @@ class Exits:
             kept = {} if balance is None else {k: getattr(balance, k) for k in ("every", "decay", "reference")}
             objective = Objective(terms, response_mask=objective.response_mask, balance=kept or None)
         read = [name.rpartition("/")[2] for term in terms.values() for name in (*term.student, *term.teacher)]
-        deepest = self.features
+        deepest, found = self.features, None
         if deepest is None and any(name.endswith("features") and _SIGNAL.fullmatch(name) for name in read):
-            deepest = _classifier_input(student.model)
+            found = _classifier(student.model)
+            deepest = f"input:{found}"
         made = ExitHeads(self.at, width=self.width, pool=self.pool, deepest=deepest, seed=lesson.seed)
+        if found is not None:
+            made.expect(found, student.model.get_submodule(found))
         return replace(lesson, student=replace(student, objective=objective, extension=made))
 
     def _terms(self, objective: Objective) -> dict[str, Term]:
@@ -149,6 +153,11 @@ class ExitHeads(Extension):
         self.at, self.width, self.deepest, self.seed = list(at), width, deepest, seed
         self.pool: Pool = pool
         self.heads = nn.ModuleList()
+        self._expected: tuple[str, nn.Module] | None = None  # in a tuple: the layer is the student's
+
+    def expect(self, path: str, layer: nn.Module) -> None:
+        """Take a layer for the student's classifier, if it gives the logits that :meth:`materialize` sees."""
+        self._expected = (path, layer)
 
     @property
     def pending(self) -> bool:
@@ -170,12 +179,14 @@ class ExitHeads(Extension):
         """Make the exits for signals of these shapes.
 
         Raises:
-            ObjectiveError: the student gives no logits ``[B, C]`` or ``[B, T, C]``, or a layer has other axes.
+            ObjectiveError: the student gives no logits ``[B, C]`` or ``[B, T, C]``, a layer has other axes, or the
+                layer that was taken for the classifier gives something else.
         """
         logits = signals.get("logits")
         if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
             got = list(logits.shape) if isinstance(logits, Tensor) else "none"
             raise ObjectiveError(f"exits expected a student with logits [B, C] or [B, T, C], got {got}")
+        self._check_classifier(signals, logits)
         by_token, classes = logits.ndim == 3, logits.shape[-1]
         layouts = [layout_of(signals[name]) for name in self.at]
         for name, layout in zip(self.at, layouts, strict=True):
@@ -190,6 +201,27 @@ class ExitHeads(Extension):
                 width = self.width or max(features // 4, 8)
                 self.heads.append(_Exit(layout, width, features, classes, None if by_token else self.pool))
         self.heads.to(logits.device)
+
+    @torch.no_grad()
+    def _check_classifier(self, signals: Signals, logits: Tensor) -> None:
+        if self._expected is None:
+            return
+        (path, layer), self._expected = self._expected, None
+        given: Tensor = layer(signals[f"input:{path}"]).float()
+        wanted = logits.float()
+        if given.ndim == 3 and wanted.ndim == 2:  # of one of the tokens, such as the last
+            wanted = wanted[:, None]
+        right = given.shape[-1] == wanted.shape[-1] and given.shape[0] == wanted.shape[0] and given.ndim == wanted.ndim
+        if right:
+            near = torch.isclose(given, wanted, rtol=1e-2, atol=1e-2) | (wanted <= _NEAR * FOREIGN)
+            each = near.all(-1)
+            right = bool((each if logits.ndim == 3 or each.ndim == 1 else each.any(1)).all())
+        if not right:
+            raise ObjectiveError(
+                f"exits took '{path}', the last linear layer, for the student's classifier, and it does not give the "
+                "logits; say what enters the one that does, as in `scheme: {features: 'input:head'}`, or leave the "
+                "hints out with `hint: 0`"
+            )
 
     def forward(self, signals: Signals, batch: Batch) -> Signals:
         """Return the logits and the features of every exit, and those that enter the student's classifier."""
@@ -250,12 +282,12 @@ def _pooled(layout: Layout, signal: Tensor, mask: Tensor | None, pool: Pool | No
     return (signal * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def _classifier_input(model: nn.Module) -> str:
-    """Return the tap of what enters the last linear layer of a model."""
+def _classifier(model: nn.Module) -> str:
+    """Return the path of the last linear layer of a model."""
     linear = [path for path, module in model.named_modules() if path and isinstance(module, nn.Linear)]
     if not linear:
         raise TrainingError(
             f"exits found no linear layer that classifies in {type(model).__name__}; say what enters its classifier, "
             "as in `scheme: {features: 'input:head'}`, or leave the hints out with `hint: 0`"
         )
-    return f"input:{linear[-1]}"
+    return linear[-1]

@@ -6,10 +6,11 @@ shuffling, other batches, other padding and random augmentation: replayed views 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,7 +23,7 @@ from potstill.errors import CacheError
 from potstill.interfaces import VIEW, Batch, Signals, TeacherSource
 from potstill.models.inputs import MAIN_INPUTS, TEACHER_PREFIX, accepted_inputs, respond, teacher_view
 from potstill.teachers.encoding import Encoding
-from potstill.teachers.live import Live, Several
+from potstill.teachers.live import Live, leaves
 from potstill.teachers.store import MOST_IDS, SLOT_BYTES, Store, about_store
 from potstill.teachers.tags import tags, token_mask
 
@@ -310,14 +311,18 @@ def uncached(source: Any) -> Any:
     """Return the live teacher behind a source: for samples that are not those of the training."""
     if isinstance(source, Cached):
         return source.live
-    if isinstance(source, Several):
-        return Several({name: uncached(each) for name, each in source.teachers.items()})
-    return source
+    members = getattr(source, "teachers", None)
+    if not isinstance(members, Mapping):
+        return source
+    own = copy.copy(source)
+    own.teachers = {name: uncached(each) for name, each in members.items()}
+    own.narrow(None)
+    return own
 
 
 def unmask(source: Any, signals: Collection[str]) -> None:
     """Tell every cache of a source which signals are compared at padded places too."""
-    for each in source.teachers.values() if isinstance(source, Several) else [source]:
+    for each in leaves(source).values():
         if isinstance(each, Cached):
             each.unmasked |= set(signals)
 

@@ -18,7 +18,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -80,6 +81,7 @@ class Client:
         self.url, self.headers = url, dict(headers or {})
         self.timeout, self.retries, self.backoff = float(timeout), retries, float(backoff)
         self._address = _address(url)
+        self._shown_url = urlsplit(url)._replace(query="", fragment="").geturl()
         _check_headers(self.headers)
         if not 0 < self.timeout < math.inf or retries < 0 or not 0 <= self.backoff < math.inf:
             raise ComponentError(
@@ -121,10 +123,11 @@ class Client:
             except _RequestError as failure:
                 wait = self._wait(failure, tries)
                 if wait is None or halt.wait(wait):
+                    cause = failure.__cause__
                     raise TrainingError(
-                        f"the teacher at {self.url}, asked about {about}: expected {expected}, got {failure} "
-                        f"({_effort(failure, tries, time.monotonic() - begun)})"
-                    ) from failure.__cause__
+                        f"the teacher at {self._shown_url}, asked about {about}: expected {expected}, got "
+                        f"{self._without_secrets(str(failure))} ({_effort(failure, tries, time.monotonic() - begun)})"
+                    ) from (cause if self._without_secrets(repr(cause)) == repr(cause) else None)
 
     def close(self) -> None:
         """Close the connections; the next request opens new ones."""
@@ -158,17 +161,18 @@ class Client:
         return usual if failure.wait is None else failure.wait
 
     def _answer(self, data: bytes) -> tuple[Any, str]:
-        """Return one answer as JSON and as text."""
+        """Return one answer as JSON, and as text without the secrets that a server may repeat."""
         status, wait, raw = self._exchange(data)
         text = raw.decode("utf-8", errors="replace")
+        shown = self._without_secrets(text)
         if not 200 <= status < 300:
             raise _RequestError(
-                f"status {status}: {_shown(text)}", again=status in (408, 429) or 500 <= status < 600, wait=wait
+                f"status {status}: {_shown(shown)}", again=status in (408, 429) or 500 <= status < 600, wait=wait
             )
         try:
-            return json.loads(text), text
+            return json.loads(text), shown
         except (ValueError, RecursionError):
-            raise _RequestError(f"what is no JSON: {_shown(text)}") from None
+            raise _RequestError(f"what is no JSON: {_shown(shown)}") from None
 
     def _exchange(self, data: bytes) -> tuple[int, float | None, bytes]:
         """Send one request, a second time where a kept connection turns out to be closed by the server."""
@@ -211,22 +215,31 @@ class Client:
         connection.request("POST", self._address[3], body=data, headers=headers)
         sock: socket.socket = connection.sock
         sock.settimeout(max(1e-3, deadline - time.monotonic()))
-        return connection.getresponse(), sock, deadline
+        with _until(deadline, sock):
+            return connection.getresponse(), sock, deadline
 
     def _failure(self, error: Exception) -> _RequestError:
         if isinstance(error, TimeoutError):
             return _RequestError(f"no whole answer within {self.timeout:g} s")
         if isinstance(error, http.client.IncompleteRead):
-            return _RequestError(
-                f"an answer that is cut short: {_shown(error.partial.decode('utf-8', errors='replace'))}"
-            )
+            partial = self._without_secrets(error.partial.decode("utf-8", errors="replace"))
+            return _RequestError(f"an answer that is cut short: {_shown(partial)}")
         if isinstance(error, ConnectionRefusedError):
             return _RequestError("a refused connection; is the server running?")
         if isinstance(error, ssl.SSLCertVerificationError):
             return _RequestError(f"a certificate that is not trusted: {error.verify_message}", again=False)
         if isinstance(error, socket.gaierror):
             return _RequestError(f"no address for the host '{self._address[1]}': {error.strerror}")
-        return _RequestError(f"no answer: {type(error).__name__}: {_shown(str(error))}")
+        return _RequestError(f"no answer: {type(error).__name__}: {_shown(self._without_secrets(str(error)))}")
+
+    def _without_secrets(self, text: str) -> str:
+        """Return a text with ``env:NAME`` in place of what those variables hold that the headers name."""
+        names = {name for value in self.headers.values() for name in _VARIABLE.findall(value)}
+        held = {name: os.environ.get(name, "").strip() for name in names}
+        for name, secret in sorted(held.items(), key=lambda each: (-len(each[1]), each[0])):
+            for form in dict.fromkeys((secret, json.dumps(secret)[1:-1], repr(secret)[1:-1])) if secret else ():
+                text = text.replace(form, f"env:{name}")
+        return text
 
     def _resolved(self) -> dict[str, str]:
         """Return the headers with the values of environment variables."""
@@ -239,7 +252,7 @@ class Client:
             for variable in _VARIABLE.findall(value):
                 if variable not in os.environ:
                     raise TrainingError(
-                        f"the header '{name}' for {self.url} needs the environment variable {variable}; it is not set"
+                        f"the header '{name}' for {self._shown_url} needs the environment variable {variable}; it is not set"
                     )
             found[name] = _VARIABLE.sub(lambda match: os.environ[match[1]].strip(), value)
             if _NOT_IN_HEADERS.search(found[name]):
@@ -247,7 +260,7 @@ class Client:
         return found
 
 
-def _address(url: str) -> tuple[str, str, int | None, str]:
+def _address(url: str) -> tuple[str, str, int, str]:
     """Return scheme, host, port and path of an address."""
     try:
         parts = urlsplit(url)
@@ -262,6 +275,7 @@ def _address(url: str) -> tuple[str, str, int | None, str]:
             f"the address of {parts.hostname} holds a user or a password; give them as a header "
             "`Authorization: env:NAME` with the name of an environment variable"
         )
+    port = port or (443 if parts.scheme == "https" else 80)
     return parts.scheme, parts.hostname, port, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
@@ -281,6 +295,31 @@ def _encoded(body: Any) -> bytes:
         return json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise ComponentError(f"a request to a teacher has what JSON cannot hold: {error}") from error
+
+
+@contextmanager
+def _until(deadline: float, sock: socket.socket) -> Iterator[None]:
+    """Shut a connection down at the deadline, and raise ``TimeoutError`` then, however slowly headers come."""
+    is_over = threading.Event()
+
+    def end() -> None:
+        is_over.set()
+        with suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not that of TLS, which is not for two threads
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        if is_over.is_set():
+            raise TimeoutError from error
+        raise
+    finally:
+        timer.cancel()
+    if is_over.is_set():
+        raise TimeoutError
 
 
 def _body(response: http.client.HTTPResponse, sock: socket.socket, deadline: float) -> bytes:

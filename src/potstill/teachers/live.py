@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from potstill.interfaces import Batch, Progress, Signals, TeacherSource, detach
+from potstill.interfaces import Batch, Signals, TeacherSource, detach
 from potstill.knowledge.capture import capture
 from potstill.models.frozen import Frozen
 from potstill.models.inputs import TEACHER_PREFIX, respond, teacher_view
@@ -117,8 +117,9 @@ class Deferred:
         return self.live(batch)
 
     def narrow(self, names: Collection[str] | None) -> None:
-        """Read these taps alone from now on, all for ``None``."""
-        self.live.narrow(names)
+        """Read these taps alone from now on, all for ``None``, which loads nothing."""
+        if names is not None or "live" in self.__dict__:
+            self.live.narrow(names)
 
     @cached_property
     def live(self) -> Live:
@@ -163,27 +164,6 @@ class Several:
                 self._asked[name] = teacher
                 _narrow(teacher, own)
 
-    def after_step(self, progress: Progress) -> None:
-        """Let every teacher that changes do so."""
-        for teacher in self.teachers.values():
-            act: Any = getattr(teacher, "after_step", None)
-            if act is not None:
-                act(progress)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what those with a state hold, under their names."""
-        states = {name: t.state_dict() for name, t in self._stateful().items()}
-        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` returned."""
-        for name, teacher in self._stateful().items():
-            own = {key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{name}/")}
-            teacher.load_state_dict(own)
-
-    def _stateful(self) -> dict[str, Any]:
-        return {name: teacher for name, teacher in self.teachers.items() if hasattr(teacher, "state_dict")}
-
     def to(self, device: torch.device | str) -> Several:
         """Move every teacher that can move and return them."""
         for teacher in self.teachers.values():
@@ -191,6 +171,24 @@ class Several:
             if move is not None:
                 move(device)
         return self
+
+
+def leaves(source: Any, path: str = "") -> dict[str, Any]:
+    """Return the sources that a source is made of in the end, each once, by where it stands; itself alone under ``""``.
+
+    Args:
+        source: one that has others in ``teachers``, such as :class:`Several` or an ensemble, or any other.
+        path: what the names begin with.
+    """
+    members = getattr(source, "teachers", None)
+    if not isinstance(members, Mapping):
+        return {path: source}
+    found: dict[str, Any] = {}
+    for name, member in members.items():
+        for place, leaf in leaves(member, f"{path}{name}/").items():
+            if not any(leaf is known for known in found.values()):
+                found[place] = leaf
+    return found
 
 
 def ask(teacher: TeacherSource | None, batch: Batch, wanted: Sequence[str]) -> Signals:

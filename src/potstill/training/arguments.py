@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from potstill.errors import TrainingError
 from potstill.losses.objective import Objective
 from potstill.schemes.lesson import Lesson
+from potstill.teachers.live import leaves
 
 
 def check_arguments(args: TrainingArguments) -> TrainingArguments:
@@ -78,7 +79,11 @@ def check_sharding(args: TrainingArguments, lesson: Lesson) -> None:
     """
     if not (args.fsdp or args.deepspeed):
         return
-    moving = [name for name, source in lesson.sources.items() if hasattr(source, "after_step")]
+    moving = [
+        name
+        for name, source in lesson.sources.items()
+        if any(hasattr(leaf, "after_step") for leaf in leaves(source).values())
+    ]
     beside = [*(f"the learner '{name}'" for name in lesson.others), *(f"the teacher '{name}'" for name in moving)]
     beside += ["layers that the student has only while it learns"] * (lesson.student.extension is not None)
     if beside:

@@ -21,6 +21,7 @@ from transformers.trainer_callback import EarlyStoppingCallback, TrainerCallback
 from potstill.errors import TrainingError
 from potstill.registry import callbacks
 from potstill.teachers.cached import uncached
+from potstill.teachers.live import leaves
 
 logger = logging.getLogger("potstill")
 
@@ -109,10 +110,13 @@ class Agreement(TrainerCallback):  # type: ignore[misc]
                     "training split alone; leave out the callback"
                 )
             self._answers = _argmax(trainer, uncached(trainer.teacher))  # a cache is of the training samples
+        answers = self._answers
+        if any(hasattr(each, "after_step") for each in leaves(trainer.teacher).values()):
+            self._answers = None  # those of a teacher that changes are asked for again
         module = trainer.distillation_module
         was_training = module.student.training
         module.student.eval()
-        same = float(np.mean(_argmax(trainer, module.signals) == self._answers))
+        same = float(np.mean(_argmax(trainer, module.signals) == answers))
         module.student.train(was_training)
         trainer.log({"eval_agreement": same})
 
@@ -150,9 +154,10 @@ class AfterStep(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the teacher how far the training is."""
-        act: Any = getattr(self._trainer.teacher, "after_step", None)
-        if act is not None:
-            act(self._trainer.progress)
+        for source in leaves(self._trainer.teacher).values():
+            act: Any = getattr(source, "after_step", None)
+            if act is not None:
+                act(self._trainer.progress)
 
 
 class LogLines(TrainerCallback):  # type: ignore[misc]
@@ -197,8 +202,7 @@ class Epochs(TrainerCallback):  # type: ignore[misc]
 
 def _reads_rows(source: Any) -> bool:
     """Return whether a teacher, or one of several, finds its answers by the number of a row."""
-    each = source.teachers.values() if hasattr(source, "teachers") else [source]
-    return any(getattr(uncached(one), "reads_rows", False) for one in each)
+    return any(getattr(uncached(each), "reads_rows", False) for each in leaves(source).values())
 
 
 def _best(metric: str, greater_is_better: bool | None) -> Mapping[str, Any]:

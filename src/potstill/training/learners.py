@@ -12,7 +12,7 @@ from potstill.errors import TrainingError, did_you_mean
 from potstill.interfaces import Batch, Progress, Signals, TeacherSource
 from potstill.losses.objective import Objective, Term
 from potstill.models.inputs import call, respond, teacher_view
-from potstill.schemes.lesson import STUDENT, Learner, Lesson
+from potstill.schemes.lesson import SELF, STUDENT, Learner, Lesson
 from potstill.teachers.live import Live, Several
 from potstill.training.module import DistillationModule, DistillationOutput
 
@@ -102,8 +102,13 @@ class JointModule(DistillationModule):
         for name, module in self.learners.items():
             module.fit(said[name], {**self._heard(name, teacher, said), **module.own_signals(said[name])})
 
-    def split(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give each other learner parameter groups of its own, with its own learning rate and weight decay."""
+    def split(self, optimizer: torch.optim.Optimizer, decayed: Collection[int] = ()) -> None:
+        """Give each other learner parameter groups of its own, with its own learning rate and weight decay.
+
+        Args:
+            optimizer: of all parameters.
+            decayed: the ids of those that a weight decay is for: no biases and norms.
+        """
         for name, module in self.learners.items():
             if module is not self:
                 wanted = self._settings[name]
@@ -112,6 +117,7 @@ class JointModule(DistillationModule):
                     list(module.parameters()),
                     learning_rate=wanted.learning_rate,
                     weight_decay=wanted.weight_decay,
+                    decayed=decayed,
                 )
 
     def clip(self, bound: float) -> dict[str, Tensor]:
@@ -155,6 +161,10 @@ class JointModule(DistillationModule):
         return heard
 
     def _check_names(self) -> None:
+        taken = [name for name in (*self._sources, *self.others) if name in (STUDENT, SELF)]
+        taken += [name for name in self.others if name in self._sources]
+        if taken:
+            raise TrainingError(f"a teacher cannot be called '{taken[0]}': the name is taken; choose another")
         for name, module in self.learners.items():
             teachers = self._teachers(name)
             for signal in DistillationModule.taught(module):
@@ -220,8 +230,9 @@ def split_groups(
     *,
     learning_rate: float | None = None,
     weight_decay: float | None = None,
+    decayed: Collection[int] = (),
 ) -> None:
-    """Move parameters into groups of their own; a weight decay holds for those that had one."""
+    """Move parameters into groups of their own; a weight decay holds for those whose ids are ``decayed``."""
     own = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in own]
@@ -231,7 +242,7 @@ def split_groups(
         settings = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
         if learning_rate is not None:
             settings["lr"] = learning_rate
-        if weight_decay is not None and settings.get("weight_decay"):
+        if weight_decay is not None and any(id(p) in decayed for p in moved):
             settings["weight_decay"] = weight_decay
         optimizer.add_param_group({"params": moved, **settings})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

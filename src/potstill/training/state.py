@@ -9,6 +9,7 @@ import safetensors.torch
 
 from potstill.errors import ModelError
 from potstill.models.weights import load_modules, load_student, save_modules, save_student
+from potstill.teachers.live import leaves
 from potstill.training.module import DistillationModule
 
 OBJECTIVE_FILE = "objective.safetensors"
@@ -52,11 +53,15 @@ def load_learning(module: DistillationModule, source: Any, folder: Path) -> None
         load_modules(each.objective, own / OBJECTIVE_FILE)
         if each.extension is not None:
             load_modules(each.extension, own / EXTENSION_FILE)
-    if _state(source):
-        path = folder / SOURCES_FILE
-        if not path.is_file():
-            raise ModelError(f"expected the state of the teachers in {path}, and there is no such file")
-        source.load_state_dict(safetensors.torch.load_file(path))
+    stateful = _stateful(source)
+    if not stateful:
+        return
+    path = folder / SOURCES_FILE
+    if not path.is_file():
+        raise ModelError(f"expected the state of the teachers in {path}, and there is no such file")
+    found = safetensors.torch.load_file(path)
+    for where, leaf in stateful.items():
+        leaf.load_state_dict({key.removeprefix(where): v for key, v in found.items() if key.startswith(where)})
 
 
 def _own_folder(folder: Path, name: str, is_student: bool) -> Path:
@@ -64,6 +69,10 @@ def _own_folder(folder: Path, name: str, is_student: bool) -> Path:
 
 
 def _state(source: Any) -> dict[str, Any]:
-    """Return the tensors of a source that has a state."""
-    state: Any = getattr(source, "state_dict", None)
-    return {} if state is None else dict(state())
+    """Return the tensors of all sources that have a state, each once, by where they stand."""
+    states = {place: leaf.state_dict() for place, leaf in _stateful(source).items()}
+    return {f"{place}{key}": value for place, state in states.items() for key, value in state.items()}
+
+
+def _stateful(source: Any) -> dict[str, Any]:
+    return {place: leaf for place, leaf in leaves(source).items() if hasattr(leaf, "state_dict")}

@@ -31,8 +31,8 @@ from potstill.losses.objective import Objective, clamp_counts, default_objective
 from potstill.models.inputs import TEACHER_PREFIX, accepted_inputs
 from potstill.models.weights import load_student, save_student
 from potstill.schemes.lesson import STUDENT, Extension, Learner, Lesson
-from potstill.teachers.cached import unmask
-from potstill.teachers.live import ask
+from potstill.teachers.cached import uncached, unmask
+from potstill.teachers.live import ask, leaves
 from potstill.teachers.shared import Sharing
 from potstill.training.arguments import check_arguments, check_balance, check_budget, check_sharding, check_student
 from potstill.training.callbacks import AfterStep, Epochs
@@ -216,10 +216,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         """Keep what student, teacher, masks and labels need; Trainer's own rule drops a BERT teacher's inputs."""
         if self._signature_columns is None:
             module = self.distillation_module
-            teacher = getattr(self.teacher, "model", None)
+            models = [getattr(leaf, "model", None) for leaf in leaves(uncached(self.teacher)).values()]
             wanted = set(module.accepts) | set(self.label_names) | {"label", "label_ids", "sample_id", "attention_mask"}
-            if isinstance(teacher, nn.Module):
-                wanted |= accepted_inputs(getattr(teacher, "model", teacher)) or set()
+            for model in models:
+                if isinstance(model, nn.Module):
+                    wanted |= accepted_inputs(getattr(model, "model", model)) or set()
             for learner in module.learners.values():
                 wanted |= accepted_inputs(learner.student) or set()
             wanted |= {term.mask for _, term in module.objective.named_terms() if isinstance(term.mask, str)}
@@ -307,7 +308,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         optimizer: torch.optim.Optimizer = super().create_optimizer(*model)
         module = self.distillation_module
         if fresh and isinstance(module, JointModule):
-            module.split(optimizer)
+            decayed = set(self.get_decay_parameter_names(module))
+            module.split(optimizer, {id(p) for name, p in module.named_parameters() if name in decayed})
         if fresh and self._projector_learning_rate is not None:
             own = [p for each in module.learners.values() for p in each.objective.parameters()]
             split_groups(optimizer, own, learning_rate=self._projector_learning_rate)
