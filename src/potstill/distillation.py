@@ -358,12 +358,12 @@ class DistillationConfig:
     progressive_distillation: ProgressiveDistillation | None = None
 
     def __post_init__(self) -> None:
-        for name, right in zip(
+        for name, needed in zip(
             _PARTS, (FeatureDistillation, AttentionDistillation, ProgressiveDistillation), strict=True
         ):
             part = getattr(self, f"{name}_distillation")
-            if part is not None and not isinstance(part, right):
-                raise TrainingError(f"expected {name}_distillation={right.__name__}(…), got {part!r}")
+            if part is not None and not isinstance(part, needed):
+                raise TrainingError(f"expected {name}_distillation={needed.__name__}(…), got {part!r}")
         kind, given = self.distillation_type, [name for name in _PARTS if self._given(name)]
         known = ("logit", *_PARTS, "combined")
         if kind not in known:

@@ -224,7 +224,17 @@ def layer_terms(
     """
     named = [isinstance(part, FeatureDistillation) and isinstance(part.student_layers[0], str) for part in config.parts]
     if not all(named):
-        config.check(_depth(student, "student"), _depth(teacher, whose), whose)
+        try:
+            depths = _depth(student, "student"), _depth(teacher, whose)
+        except SignalError as error:
+            numbered = [type(part).__name__ for part in config.parts if not isinstance(part, FeatureDistillation)]
+            if not numbered:
+                raise
+            raise SignalError(
+                f"{numbered[0]} counts blocks by numbers, which models of several towers, or of layers without "
+                "numbers, do not have; say FeatureDistillation with their paths, or the terms in a recipe"
+            ) from error
+        config.check(*depths, whose)
     return config.layers(_heads(student), _heads(teacher))
 
 

@@ -96,8 +96,8 @@ class MultiTaskDistiller:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         config: DistillationConfig | None = None,
     ) -> None:
+        _check_tasks(tasks)
         self.tasks = list(tasks)
-        _check_tasks(self.tasks)
         self.weights = _weights(self.tasks, task_weights)
         self.student: StudentModel | None = None
         self.teachers: dict[str, TeacherModel] = {}
@@ -367,9 +367,9 @@ def _weights(tasks: Sequence[str], given: Sequence[float] | Mapping[str, float] 
     if isinstance(given, Mapping):
         _check_names("task_weights", given, tasks)
         given = [given[task] for task in tasks if task in given]
-    if isinstance(given, str) or not isinstance(given, Iterable | None):
+    if isinstance(given, str) or not isinstance(given, Sequence | None):
         raise TrainingError(f"expected task_weights as a list of numbers, or as {{task: weight}}, got {given!r}")
-    weights = [1 / len(tasks)] * len(tasks) if given is None else list(given)
+    weights: list[float] = [1 / len(tasks)] * len(tasks) if given is None else list(given)
     if len(weights) != len(tasks):
         raise TrainingError(
             f"expected a weight for each of the {len(tasks)} tasks ({', '.join(tasks)}), got {len(weights)}: {weights}"

@@ -284,7 +284,7 @@ def _pooled(layout: Layout, signal: Tensor, mask: Tensor | None, pool: Pool | No
 
 def _classifier(model: nn.Module) -> str:
     """Return the path of the last linear layer of a model."""
-    linear = [path for path, module in model.named_modules() if path and isinstance(module, nn.Linear)]
+    linear: list[str] = [path for path, module in model.named_modules() if path and isinstance(module, nn.Linear)]
     if not linear:
         raise TrainingError(
             f"exits found no linear layer that classifies in {type(model).__name__}; say what enters its classifier, "

@@ -252,7 +252,8 @@ class Client:
             for variable in _VARIABLE.findall(value):
                 if variable not in os.environ:
                     raise TrainingError(
-                        f"the header '{name}' for {self._shown_url} needs the environment variable {variable}; it is not set"
+                        f"the header '{name}' for {self._shown_url} needs the environment variable {variable}; it is "
+                        "not set"
                     )
             found[name] = _VARIABLE.sub(lambda match: os.environ[match[1]].strip(), value)
             if _NOT_IN_HEADERS.search(found[name]):
