@@ -125,8 +125,10 @@ def _best_single(tree: Tree) -> Tree:
     if not file.is_file():
         raise SystemExit("run the ensemble first: it says which single teacher is the best on the validation split")
     found = json.loads(file.read_text())["validation"]
-    best = max(_teachers(tree), key=lambda name: found[name])
-    return {**tree, "teacher": {**tree["teacher"], "seed": int(best[-1])}, "objective": kd(weight=0.7)}
+    teachers = _teachers(tree)
+    best = max(teachers, key=lambda name: found[name])
+    student = {"from_teacher": {"keep_blocks": [0, 2, 4], "teacher": "teacher-0"}}
+    return _no_teacher(tree, teachers=teachers, student=student, objective=kd(f"{best}/logits", 0.7))
 
 
 SST2: dict[str, Callable[[Tree], Tree]] = {

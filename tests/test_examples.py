@@ -32,7 +32,13 @@ def is_small(script: Path) -> bool:
     return not script.name.startswith("new_")
 
 
-@pytest.mark.parametrize("script", [each for each in EXAMPLES if is_small(each)], ids=lambda path: path.name)
+SLOW = {"multi_task_distiller.py": pytest.mark.slow}  # two trainings of two teachers
+
+
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(each, id=each.name, marks=SLOW.get(each.name, ())) for each in EXAMPLES if is_small(each)],
+)
 def test_small_example_keeps_its_promises(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

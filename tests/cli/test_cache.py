@@ -110,6 +110,7 @@ def test_what_is_kept_is_listed_and_cleared(potstill: Command, recipe: Path, cac
     refused(potstill("cache", "clear", "signal"), "the cache holds no 'signal'; did you mean 'signals'?")
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(potstill: Command, recipe: Path, cache: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "potstill", "cache", str(recipe), "--output", "run", "--quiet"]

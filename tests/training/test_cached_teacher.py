@@ -92,6 +92,7 @@ def test_a_training_after_a_preflight_is_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(*both) for both in zip(weights(made), plain, strict=True))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     """Each keeps what it was asked, finds in the second epoch what the other kept, and comes to the same weights."""
     live = weights(trainer(tmp_path, Live(teacher(), ["hidden.2"]), per_device_train_batch_size=24))

@@ -110,6 +110,7 @@ class TestResume:
         assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Other batches on each rank, equally many, and a step over both is one of a process that accumulates both."""
     (tmp_path / "one").mkdir()

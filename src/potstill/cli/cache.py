@@ -71,6 +71,8 @@ def fill(
     if not names:
         from potstill.errors import RunError
 
+        if not made.recipe.all_teachers:
+            raise RunError("the recipe has no teacher, so there is nothing to cache")
         raise RunError("the recipe has no teacher whose answers could be kept: a model that is trained by then")
     for name in names:
         cache_settings(made.recipe, name, strict=True)  # what cannot be cached is said before a teacher is trained
