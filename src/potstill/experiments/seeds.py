@@ -78,7 +78,8 @@ def summarise(folders: list[Path]) -> SeedSummary:
     primary = found[0].primary
     if any(primary not in model.metrics for run in found for model in run.models.values()):
         raise RunError(f"the test split has no labels, so there is no {primary} to compare over seeds")
-    values = {name: [run.models[name].metrics[primary].value for run in found] for name in found[0].models}
+    names = [name for name in found[0].models if all(name in run.models for run in found)]
+    values = {name: [run.models[name].metrics[primary].value for run in found] for name in names}
     gain = None
     if "baseline" in values:
         gain = _estimate([d - b for d, b in zip(values["distilled"], values["baseline"], strict=True)])

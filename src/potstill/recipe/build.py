@@ -338,7 +338,7 @@ def _prefixes(recipe: Recipe, name: str) -> list[str]:
         if other != name and name in _tasks_of(spec.source):  # which calls what is of one task `TASK/SIGNAL`
             mine = [task for task, one in split_step(spec.source or "")[1]["teachers"].items() if one == name]
             found += [f"{prefix}{task}/" for prefix in _prefixes(recipe, other) for task in mine]
-        elif other != name and name in _named_in(spec.source):
+        elif other != name and name in named_in(spec.source):
             found += _prefixes(recipe, other)
     return found
 
@@ -352,7 +352,7 @@ def _tasks_of(source: Any) -> set[str]:
 def _weighs_by_logits(source: Any, name: str) -> bool:
     """Return whether a source is an ensemble with this teacher that weighs the layers of each by its logits."""
     kind, options = split_step(source or "none")
-    return kind == "ensemble" and options.get("by") == "confidence" and name in _named_in(options)
+    return kind == "ensemble" and options.get("by") == "confidence" and name in named_in(options)
 
 
 def teacher_taps(recipe: Recipe, objective: Objective, name: str) -> list[str]:
@@ -360,12 +360,12 @@ def teacher_taps(recipe: Recipe, objective: Objective, name: str) -> list[str]:
     return [tap for tap in signals_of(recipe, [objective], name) if tap.split("/")[-1] != "logits"]
 
 
-def _named_in(value: Any) -> set[str]:
+def named_in(value: Any) -> set[str]:
     """Return every text in the options of a source: the teachers that it is made of are among them."""
     if isinstance(value, Mapping):
-        return {text for item in value.values() for text in _named_in(item)}
+        return {text for item in value.values() for text in named_in(item)}
     if isinstance(value, list | tuple):
-        return {text for item in value for text in _named_in(item)}
+        return {text for item in value for text in named_in(item)}
     return {value} if isinstance(value, str) else set()
 
 

@@ -13,11 +13,21 @@ from typing import Any
 from potstill.data.augment import check_augmentations, split_step
 from potstill.errors import ComponentError, DataError, Problem, did_you_mean
 from potstill.recipe.check_models import check_models
+from potstill.recipe.check_teachers import teachers_of
 from potstill.recipe.check_terms import check_objective, check_reference
 from potstill.recipe.check_training import check_baseline_precision, check_train
 from potstill.recipe.schema import SchemeSpec, TaskSpec
 from potstill.recipe.trees import Path_, items, named, section, unknown
-from potstill.registry import check_options, import_dotted, schemes, sources, synthesizers, tasks
+from potstill.registry import (
+    augmentations,
+    check_options,
+    import_dotted,
+    schemes,
+    sources,
+    synthesizers,
+    tasks,
+    teacher_sources,
+)
 
 _CONTEXT = frozenset({"path", "name", "revision", "base", "splits", "seed"})
 """What a data source is given beside its ``kwargs``."""
@@ -110,10 +120,31 @@ def _task_and_data(tree: Mapping[str, Any], allow_code: bool) -> list[Problem]:
         places += [(("stages", place, "train"), section(stage, "train")) for place, stage in stages]
         for path, own in places:
             problems += check_augmentations(items(own.get("augment")), kind, (*path, "augment"))
+            problems += _mixtures(tree, items(own.get("augment")), (*path, "augment"))
             if kind != "text" and own.get("batch_tokens") is not None:
                 what = f"batch_tokens counts the tokens of texts, and this is data of the kind '{kind}'"
                 problems.append(Problem((*path, "batch_tokens"), what, "use batch_size"))
     return problems
+
+
+def _mixtures(tree: Mapping[str, Any], steps: Sequence[Any], path: Path_) -> list[Problem]:
+    """A teacher that answers for rows as they are knows nothing of two rows mixed."""
+    if path[0] in ("teacher", "teachers", "baseline"):  # which are trained on labels
+        return []
+    kinds = {name: _first(own.get("source")) for name, own in teachers_of(tree).items()}
+    readers = [name for name, kind in kinds.items() if kind and teacher_sources.facts(kind).get("reads_rows")]
+    mixing = [name for name in map(_first, steps) if name and augmentations.facts(name).get("kind") == "mix"]
+    if not readers or not mixing:
+        return []
+    wrong, reader = mixing[0], readers[0]
+    message = f"'{wrong}' mixes rows, and the teacher '{reader}' answers for each row as it is"
+    return [Problem(path, message, "leave it out, or take a model for a teacher")]
+
+
+def _first(step: Any) -> str | None:
+    """Return the name of a component that is given as a name or as ``{name: options}``."""
+    name = next(iter(step), None) if isinstance(step, Mapping) else step
+    return name if isinstance(name, str) else None
 
 
 def _synthesizer(step: Any, kind: str | None, allow_code: bool) -> list[Problem]:

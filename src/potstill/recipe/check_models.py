@@ -29,7 +29,7 @@ def check_models(tree: Mapping[str, Any], folder: Path | None, *, allow_code: bo
     for path in places:
         own = section(tree, *path)
         for key in ("model", "processor"):
-            if isinstance(own.get(key), str):
+            if isinstance(own.get(key), str) and own[key]:
                 model = Blueprint(rooted(own[key], folder), section(own, "kwargs") if key == "model" else {})
                 problems += [_renamed(problem, path, key) for problem in model.check(path, allow_code=allow_code)]
         if path[0] != "student":
@@ -69,7 +69,7 @@ def _student(tree: Mapping[str, Any]) -> list[Problem]:
     if student.get("from_teacher") is None:
         message = "expected `model`, or `from_teacher: {keep_blocks: [0, 2, 4]}`, got neither"
         return [] if student.get("model") is not None else [Problem(("student",), message)]
-    names = [name for name, own in teachers_of(tree).items() if own.get("source") is None]
+    names = {name: own for name, own in teachers_of(tree).items() if own.get("source") is None}
     return check_cut(student, ("student",), names, "student")
 
 

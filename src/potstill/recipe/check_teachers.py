@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch.nn import ModuleDict
@@ -12,7 +12,7 @@ from potstill.errors import DataError, Problem, did_you_mean
 from potstill.recipe.check_terms import check_objective, soft_terms
 from potstill.recipe.generations import GENERATION
 from potstill.recipe.trees import Path_, items, section, unknown
-from potstill.registry import teacher_sources
+from potstill.registry import losses, teacher_sources
 
 RESERVED = ("student", "self", "preflight", "teachers", "baseline", "distilled", "evaluate", "report")
 """Names of the student and of the steps of a run, which no teacher can have."""
@@ -48,6 +48,13 @@ def check_teachers(tree: Mapping[str, Any], *, allow_code: bool) -> list[Problem
         before[name] = own
     if section(tree, "scheme").get("name") == "born_again":
         problems += _found(tree.get("objective"), ("objective",)) + _generations(before)
+        for path, wrong in (
+            (("student", "freeze"), section(tree, "student").get("freeze")),
+            (("balance",), tree.get("balance")),
+        ):
+            if wrong:
+                message = "earlier generations learn as the student does, and cannot have this"
+                problems.append(Problem(path, message, "leave it out, or the scheme"))
     return problems + _named_by_terms(tree)
 
 
@@ -64,16 +71,17 @@ def _generations(teachers: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     return problems
 
 
-def check_cut(own: Mapping[str, Any], path: Path_, names: Collection[str], what: str) -> list[Problem]:
+def check_cut(own: Mapping[str, Any], path: Path_, names: Mapping[str, Mapping[str, Any]], what: str) -> list[Problem]:
     """Return every mistake in ``from_teacher``: how a student, or another teacher, is cut from one.
 
     Args:
         own: the section of the model.
         path: its place.
-        names: the teachers that it may be cut from.
+        names: the sections of the teachers that it may be cut from, by name.
         what: ``student`` or ``teacher``.
     """
     cut, known = own.get("from_teacher"), list(names)
+    joint = [name for name, each in names.items() if _is_joint(each)]
     usual: tuple[Any, ...] = (None, {}, True, "")
     beside = [k for k in ("model", "kwargs", "weights", "pretrained", "processor") if own.get(k) not in usual]
     if beside:
@@ -89,6 +97,9 @@ def check_cut(own: Mapping[str, Any], path: Path_, names: Collection[str], what:
         return [Problem(where, "there are several teachers", f"say which, as in `teacher: {known[0]}`")]
     if owner is not None and owner not in known:
         return [Problem((*where, "teacher"), f"there is no teacher '{owner}'", did_you_mean(str(owner), known))]
+    if isinstance(cut, Mapping) and cut.get("weights") == "finetuned" and (owner or known[0]) in joint:
+        message = "that teacher is trained with the student, and has no finetuned weights before"
+        return [Problem((*where, "weights"), message, "say `weights: pretrained`")]
     kept = cut.get("keep_blocks") if isinstance(cut, Mapping) else None
     if isinstance(kept, list) and all(isinstance(place, int) for place in kept) and sorted(set(kept)) != kept:
         message = f"expected block numbers in ascending order, each once, got {kept}"
@@ -107,7 +118,7 @@ def _kind(
     problems = _training(own, path)
     if given == ["from_teacher"]:
         return problems + check_cut(
-            own, path, [name for name, each in before.items() if not each.get("source")], "teacher"
+            own, path, {name: each for name, each in before.items() if not each.get("source")}, "teacher"
         )
     return problems + (_source(own, path, before, allow_code) if given == ["source"] else [])
 
@@ -128,7 +139,7 @@ def _training(own: Mapping[str, Any], path: Path_) -> list[Problem]:
     if not _is_joint(own):
         return []
     usual: dict[str, Any] = {"cache": "auto", "precision": None, "compile": False, "task": None}
-    given = [key for key, value in usual.items() if own.get(key, value) != value]
+    given = [key for key, value in usual.items() if own.get(key, value) not in (value, False)]
     message = "a teacher that is trained with the student takes no `{}`"
     return [Problem((*path, key), message.format(key), "leave it out") for key in given]
 
@@ -236,6 +247,9 @@ def _signals(spec: Mapping[str, Any], path: Path_, names: list[str], *, qualifie
         if qualified and owner not in names:
             hint = did_you_mean(owner, names)
             problems.append(Problem((*path, "teacher"), f"expected TEACHER/SIGNAL, got '{signal}'", hint))
+        elif not qualified and own and path[0] != "objective" and owner not in names:
+            hint = did_you_mean(owner, names)
+            problems.append(Problem((*path, "teacher"), f"there is no teacher '{owner}' to learn from here", hint))
         elif not qualified and own and owner in (names or ["teacher"]) and path[0] == "objective":
             problems.append(Problem((*path, "teacher"), f"there is one teacher, got '{signal}'", f"say '{own}'"))
     return problems
@@ -244,7 +258,12 @@ def _signals(spec: Mapping[str, Any], path: Path_, names: list[str], *, qualifie
 def _same(spec: Mapping[str, Any], path: Path_) -> list[Problem]:
     """A signal that is compared with itself has no gradient."""
     own, wanted = spec.get("student", "logits"), spec.get("teacher", "logits")
-    if spec.get("project") is not None or wanted not in (f"self/{own}", f"self/{str(own).removeprefix('head.')}"):
+    least = losses.facts(str(spec.get("loss"))).get("zero_at_equality", False)
+    if (
+        not least
+        or spec.get("project") is not None
+        or wanted not in (f"self/{own}", f"self/{str(own).removeprefix('head.')}")
+    ):
         return []
     message = f"'{wanted}' is the student's own '{own}': compared with itself it teaches nothing"
     return [Problem((*path, "teacher"), message, "name a deeper signal, or another teacher")]

@@ -36,7 +36,8 @@ def formulas(recipe: Recipe, *, allow_code: bool = True) -> dict[str, str]:
     for stage in recipe.stages:
         terms = recipe.objective if stage.objective is None else stage.objective
         scheme = stage.scheme or recipe.scheme
-        found |= _arranged(recipe, terms, stage.balance, scheme, f", stage {stage.name}", allow_code)
+        balance = recipe.balance if stage.objective is None and stage.balance is None else stage.balance
+        found |= _arranged(recipe, terms, balance, scheme, f", stage {stage.name}", allow_code)
     return found
 
 

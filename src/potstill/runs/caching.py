@@ -15,7 +15,7 @@ from potstill.errors import TrainingError
 from potstill.interfaces import TeacherSource
 from potstill.losses.objective import Objective
 from potstill.recipe import build
-from potstill.recipe.schema import CacheSpec, Recipe
+from potstill.recipe.schema import CacheSpec, Recipe, TrainSpec
 from potstill.runs.cache import content_hash, file_hash, table_hash
 from potstill.runs.processes import process_state
 from potstill.runs.teachers import form_of
@@ -42,6 +42,7 @@ def teacher_source(
     objectives: Sequence[Objective] | None = None,
     read: Sequence[str] | None = None,
     *,
+    train: TrainSpec | None = None,
     strict: bool = False,
 ) -> TeacherSource:
     """Return a teacher of a run as it is asked: from the cache where that is asked for or pays, else live.
@@ -51,12 +52,14 @@ def teacher_source(
         name: the teacher's.
         objectives: of all who learn; the student's if omitted.
         read: the signals that these read of it; found in the objectives if omitted.
+        train: how they are trained, which decides what they see; as the student if omitted.
         strict: whether what cannot be kept is an error, and a cache is used in any case.
 
     Raises:
         TrainingError: a cache is asked for, and random views are drawn without end.
     """
-    wanted = cache_settings(run.recipe, name, strict=strict)
+    train = run.recipe.train if train is None else train
+    wanted = cache_settings(run.recipe, name, strict=strict, train=train)
     objectives = [run.objective] if objectives is None else objectives
     read = build.signals_of(run.recipe, objectives, name) if read is None else read
     taps = [signal for signal in read if signal != "logits"]
@@ -65,14 +68,14 @@ def teacher_source(
     return Cached(
         Deferred(partial(run.live_teacher, name, taps), build.teacher_prefix(run.recipe, name)),
         run.cache.root / KIND,
-        identity=_identity(run, name, taps),
+        identity=_identity(run, name, taps, train),
         precision=wanted.precision,
         top_k=wanted.top_k,
         strict=strict,
         unmasked={signal for objective in objectives for signal in objective.unmasked()},
         signals=set(read),
         required=strict or run.recipe.all_teachers[name].cache != "auto",
-        room=(len(run.splits.taught_on) * (build.count_views(run.recipe, run.recipe.train) or 1), run.cache.limit),
+        room=(len(run.splits.taught_on) * (build.count_views(run.recipe, train) or 1), run.cache.limit),
     )
 
 
@@ -93,13 +96,15 @@ def close_caches(run: Run | None, teachers: Mapping[str, TeacherSource]) -> None
             run.cache.used(folder)
 
 
-def cache_settings(recipe: Recipe, name: str, *, strict: bool = False) -> CacheSpec | None:
-    """Return how a teacher's answers are kept, or ``None`` where they are not.
+def cache_settings(
+    recipe: Recipe, name: str, *, strict: bool = False, train: TrainSpec | None = None
+) -> CacheSpec | None:
+    """Return how a teacher's answers are kept in a training, the student's if omitted, or ``None`` where they are not.
 
     Raises:
         TrainingError: a cache is asked for, and random views are drawn without end.
     """
-    asked, train = recipe.all_teachers[name].cache, recipe.train
+    asked, train = recipe.all_teachers[name].cache, train or recipe.train
     if asked is False and not strict:
         return None
     views = build.count_views(recipe, train)
@@ -120,9 +125,9 @@ def cached_teachers(plan: Plan) -> list[str]:
     return [name for name in fixed if not several or build.signals_of(plan.recipe, [plan.make_objective()], name)]
 
 
-def _identity(run: Run, name: str, taps: list[str]) -> dict[str, Any]:
+def _identity(run: Run, name: str, taps: list[str], spec: TrainSpec) -> dict[str, Any]:
     """Return all that a teacher's answers depend on beside the inputs, which are compared one by one."""
-    folder, spec = run.model_folder(name), run.recipe.train
+    folder = run.model_folder(name)
     files = {
         file.name: file_hash(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json")
     }

@@ -90,7 +90,7 @@ def _learn(run: Run, stage: Stage, models: Mapping[str, nn.Module]) -> dict[str,
     recipe, objective = stage.plan.recipe, stage.plan.objective
     others = {name: _learner(run, name, models[name]) for name in recipe.joint_teachers}
     objectives = [objective, *(each.objective for each in others.values() if each.objective is not None)]
-    sources = make_sources(run, objectives, student=models[STUDENT])
+    sources = make_sources(run, objectives, train=recipe.train, student=models[STUDENT])
     scheme = schemes.get(recipe.scheme.name, allow_code=run.allow_code)(**recipe.scheme.options)
     try:
         run.train(

@@ -82,17 +82,23 @@ class Judgement:
     def _ask_elsewhere(self) -> dict[str, Predictions]:
         """Return what the teachers say that are no models of the run; those that cannot be asked are noted."""
         run, found = self.run, {}
-        try:
-            task = build.prepared_for_distillation(run.recipe, run.task, run.processors)
-            dataset = task.dataset(self.table, training=False, seed=run.recipe.seed)
-            for name, source in judged_sources(run, self.table).items():
-                found[name] = self._predicted(name, source, task, dataset)
-        except PotstillError as error:
-            run.note(f"a teacher that is no model of the run could not be judged on the split '{self.split}': {error}")
+        makers = judged_sources(run, self.table)
+        if not makers:
+            return {}
+        task = build.prepared_for_distillation(run.recipe, run.task, run.processors)
+        dataset = task.dataset(self.table, training=False, seed=run.recipe.seed)
+        for name, make in makers.items():
+            try:
+                found[name] = self._predicted(name, make(), task, dataset)
+            except PotstillError as error:
+                run.note(f"the teacher '{name}' could not be judged on the split '{self.split}': {error}")
         return found
 
     def _predicted(self, name: str, model: nn.Module | TeacherSource, task: Task, dataset: BatchDataset) -> Predictions:
         logger.info("%s: answering %d samples", name, len(dataset))
+        move: Any = getattr(model, "to", None)
+        if move is not None and not isinstance(model, nn.Module):
+            move(process_state().device)
         return predict(
             model,
             task,

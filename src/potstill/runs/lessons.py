@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,11 @@ from datasets import Dataset
 from torch import nn
 
 from potstill.data.augment import split_step
+from potstill.errors import TrainingError
 from potstill.interfaces import TeacherSource
 from potstill.losses.objective import Objective
 from potstill.recipe import build
+from potstill.recipe.schema import TrainSpec
 from potstill.registry import teacher_sources
 from potstill.runs.cache import content_hash
 from potstill.runs.caching import KIND, cache_settings, table_identity, teacher_source
@@ -32,6 +34,7 @@ def make_sources(
     run: Run,
     objectives: Sequence[Objective],
     *,
+    train: TrainSpec,
     names: Collection[str] | None = None,
     student: nn.Module | None = None,
 ) -> dict[str, TeacherSource]:
@@ -40,6 +43,7 @@ def make_sources(
     Args:
         run: with its saved teachers.
         objectives: those of all who learn.
+        train: how they are trained.
         names: the teachers that there are; all that are not trained with the student if omitted.
         student: who learns, for sources that follow it.
     """
@@ -52,34 +56,34 @@ def make_sources(
         if names is not None and not read and recipe.all_teachers[name].source is not None:
             continue  # nobody asks it here, and it may need what only the student's training has
         if recipe.all_teachers[name].source is None:
-            made[name] = teacher_source(run, name, objectives, read) if read else _unread(run, name)
+            made[name] = teacher_source(run, name, objectives, read, train=train) if read else _unread(run, name)
         else:
             source = make_source(run, name, made, read, student=student, table=run.splits.taught_on)
-            made[name] = _kept(run, name, source, objectives)
+            made[name] = _kept(run, name, source, objectives, train)
     return made
 
 
-def judged_sources(run: Run, table: Dataset) -> dict[str, TeacherSource]:
-    """Return the sources that are no models of the run, as they answer the rows of a table; not those that follow.
+def judged_sources(run: Run, table: Dataset) -> dict[str, Callable[[], TeacherSource]]:
+    """Return how to make the sources that are no models of the run, as they answer the rows of a table, by name.
+
+    Those that follow the student are models of the run by then.
 
     Args:
         run: with its saved teachers.
         table: the rows.
     """
     recipe = run.recipe
-    every: dict[str, TeacherSource] = {
-        name: Deferred(partial(run.live_teacher, name, []), build.teacher_prefix(recipe, name))
-        for name in recipe.model_teachers
-    }
-    found = {}
-    for name, spec in recipe.all_teachers.items():
-        if spec.source is None:
-            continue
-        if follows_student(spec.source):
-            every[name] = Deferred(partial(run.live_teacher, name, []), build.teacher_prefix(recipe, name))
-        else:
-            every[name] = found[name] = make_source(run, name, every, ["logits"], student=None, table=table)
-    return found
+    names = {name for name, spec in recipe.all_teachers.items() if spec.source and not follows_student(spec.source)}
+
+    def make(name: str) -> TeacherSource:
+        if name not in names:
+            return Deferred(partial(run.live_teacher, name, []), build.teacher_prefix(recipe, name))
+        before = list(recipe.all_teachers)[: list(recipe.all_teachers).index(name)]
+        needed = [each for each in before if each in build.named_in(recipe.all_teachers[name].source)]
+        made = {each: make(each) for each in needed}
+        return make_source(run, name, made, ["logits"], student=None, table=table)
+
+    return {name: partial(make, name) for name in recipe.all_teachers if name in names}
 
 
 def follows_student(source: Any) -> bool:
@@ -124,12 +128,15 @@ def _unread(run: Run, name: str) -> Deferred:
     return Deferred(partial(run.live_teacher, name, []), build.teacher_prefix(run.recipe, name))
 
 
-def _kept(run: Run, name: str, source: Any, objectives: Sequence[Objective]) -> TeacherSource:
+def _kept(run: Run, name: str, source: Any, objectives: Sequence[Objective], train: TrainSpec) -> TeacherSource:
     """Return a source with its answers kept on disk, where it says what they depend on: one that is asked elsewhere."""
     identity, spec = getattr(source, "identity", None), run.recipe.all_teachers[name]
-    if identity is None or spec.cache is False or build.count_views(run.recipe, run.recipe.train) is None:
+    if identity is None and spec.cache not in ("auto", False):
+        raise TrainingError(f"the answers of the teacher '{name}' are made anew each time; leave out its `cache`")
+    endless = build.count_views(run.recipe, train) is None
+    if identity is None or spec.cache is False or (endless and spec.cache == "auto"):
         return source  # type: ignore[no-any-return]
-    wanted = cache_settings(run.recipe, name, strict=True)
+    wanted = cache_settings(run.recipe, name, strict=True, train=train)
     return Cached(
         source,
         run.cache.root / KIND,

@@ -74,8 +74,9 @@ class Plan:
         if name not in teachers:
             return self.recipe.seed
         spec = self.recipe.all_teachers[name]
-        place = teachers.index(name) + (spec.joint is not None or name.startswith(GENERATION))
-        return (self.recipe.seed if spec.seed is None else spec.seed) + 1_000_003 * place
+        of_the_student = spec.joint is not None or name.startswith(GENERATION)
+        seed = self.recipe.seed if spec.seed is None else spec.seed
+        return seed + 1_000_003 * teachers.index(name) + 500_009 * of_the_student
 
     def with_recipe(self, recipe: Recipe) -> Plan:
         """Return another plan for the same data, task and models, such as that of a stage of the training."""

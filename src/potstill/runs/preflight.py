@@ -24,6 +24,7 @@ from potstill.evaluation.cost import parameters
 from potstill.interfaces import Batch, Progress, Task, TeacherSource
 from potstill.knowledge.taps import resolve_all
 from potstill.losses.objective import Objective, Term
+from potstill.models.freezing import freeze
 from potstill.models.origins import Built, TextProcessor
 from potstill.recipe import arguments, build
 from potstill.recipe.schema import TeacherSpec
@@ -176,9 +177,14 @@ class _Setup:
             build.check_labels(stage.plan.make_objective(), self.run.splits.taught_on, self.run.label)
             scheme = schemes.get(recipe.scheme.name, allow_code=self.run.allow_code)(**recipe.scheme.options)
             lesson = scheme.arrange(self._lesson(stage.plan))
-            extension = lesson.student.extension
-            if extension is not None:
-                resolve_all(lesson.student.model, extension.taps())
+            freeze(lesson.student.model, recipe.student.freeze)
+            for learner in lesson.learners.values():
+                objective = learner.objective or stage.plan.make_objective().hard_only()
+                build.check_labels(objective, self.run.splits.taught_on, self.run.label)
+                taps, extension = objective.taps("student"), learner.extension
+                if extension is not None:
+                    taps = [*(tap for tap in taps if not extension.makes(tap)), *extension.taps()]
+                resolve_all(learner.model, [tap for tap in taps if tap != "logits"])
 
     def _lesson(self, plan: Plan) -> Lesson:
         """Return who learns from whom in a stage, with models as they are before any training."""
@@ -392,7 +398,8 @@ def known_terms(run: Plan | Run) -> Objective:
     Left out are those that read a source, the learner itself, or layers that a scheme has yet to make.
     """
     recipe, objective = run.recipe, run.make_objective()
-    made = tuple(schemes.facts(recipe.scheme.name).get("makes", ()))
+    names = {stage.plan.recipe.scheme.name for stage in stages_of(run)}
+    made = tuple(prefix for name in sorted(names) for prefix in schemes.facts(name).get("makes", ()))
     alone = len(recipe.all_teachers) == 1
 
     def known(term: Term) -> bool:

@@ -359,7 +359,8 @@ class Run(Plan):
         state.wait_for_everyone()
         if self.folder.is_done(name):
             if state.is_main_process:
-                self.folder.clear(f"checkpoints/{name}")  # of a run that was killed before it could
+                for kept in ("checkpoints", "stages"):  # of a run that was killed before it could
+                    self.folder.clear(f"{kept}/{name}")
             return
         self.event("begin", step=name)
         if name not in _ONCE or state.is_main_process:

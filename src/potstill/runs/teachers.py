@@ -60,10 +60,13 @@ def choose_forms(run: Run) -> None:
 
     Every process calls it, once the teachers are saved; what is chosen stays when the run is stopped and goes on.
     """
+    if run.folder.is_done("teachers"):
+        return
     state = process_state()
     state.wait_for_everyone()  # or one would read what another has just written, and wait alone
     known = _chosen(run)
-    open_ = [name for name, spec in run.recipe.model_teachers.items() if spec.precision == "auto" and name not in known]
+    asked = [name for name, spec in run.recipe.model_teachers.items() if spec.precision == "auto"]
+    open_ = [name for name in asked if name not in known and run.model_folder(name).is_dir()]
     if not open_:
         return
     if state.is_main_process:

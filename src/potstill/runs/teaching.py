@@ -52,7 +52,7 @@ def teach(run: Run, name: str) -> None:
     else:
         objective = own_objective(run, spec)
         build.check_labels(objective, run.splits.taught_on, run.label)
-        sources = make_sources(run, [objective], names=_before(run, name))
+        sources = make_sources(run, [objective], train=spec.train, names=_before(run, name))
         run.train(name, model, spec.train, objective, teachers=sources)
     if process_state().is_main_process and (rows := fit_teacher(run, name, model)):
         run.event("fitted", step=name, rows=rows)
@@ -110,8 +110,10 @@ def _origins(run: Run, name: str) -> Mapping[str, Any]:
         return {}
     found: dict[str, Any] = {}
     for other in _before(run, name):
-        source = run.recipe.all_teachers[other].source
-        found[other] = teacher_key(run, other) if source is None else source
+        upstream = run.recipe.all_teachers[other]
+        form = upstream.model_dump(mode="json", include={"precision", "cache"})
+        own = teacher_key(run, other) if upstream.source is None else [upstream.source, run.seed_of(other)]
+        found[other] = [own, form]
     return found
 
 

@@ -61,7 +61,8 @@ def make_trainer(
         TrainingError: settings that cannot be.
         ObjectiveError: terms compare tokens of different tokenizers.
     """
-    arguments.apply_dropout(model, spec.dropout)
+    for each in (model, *(learner.model for learner in (learners or {}).values())):
+        arguments.apply_dropout(each, spec.dropout)
     validation = plan.splits.validation
     setup = arguments.make_training(
         spec,

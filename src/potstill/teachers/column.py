@@ -59,7 +59,7 @@ class Column:
         return {"logits": self.logits[self._order[places]].to(asked.device)}
 
 
-@teacher_sources.register("column", reference="https://arxiv.org/abs/1908.07086")
+@teacher_sources.register("column", reference="https://arxiv.org/abs/1908.07086", reads_rows=True)
 def column(
     context: SourceContext,
     *,

@@ -21,7 +21,7 @@ Kind: TypeAlias = Literal["auto", "logits", "probabilities"]
 _ABOUT_ONE = 0.01
 
 
-@teacher_sources.register("http")
+@teacher_sources.register("http", reads_rows=True)
 def http(
     context: SourceContext,
     *,

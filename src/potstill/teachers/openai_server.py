@@ -24,7 +24,7 @@ _AMBIGUOUS = 0.1
 _LEAST = 1e-12
 
 
-@teacher_sources.register("openai")
+@teacher_sources.register("openai", reads_rows=True)
 def openai(
     context: SourceContext,
     *,

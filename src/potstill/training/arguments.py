@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from potstill.errors import TrainingError
 from potstill.losses.objective import Objective
-from potstill.schemes.lesson import Lesson
+from potstill.schemes.lesson import Extension, Lesson
 from potstill.teachers.live import leaves
 
 
@@ -77,6 +77,11 @@ def check_sharding(args: TrainingArguments, lesson: Lesson) -> None:
     Raises:
         TrainingError: names what there is.
     """
+    extension = lesson.student.extension
+    if args.torch_compile and extension is not None and type(extension).around is not Extension.around:
+        raise TrainingError(
+            "torch_compile cannot follow a model whose blocks are replaced in every step; leave out one"
+        )
     if not (args.fsdp or args.deepspeed):
         return
     moving = [

@@ -135,9 +135,10 @@ class MaxNorm(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shorten the weights of linear and convolutional layers that grew too long."""
-        student = getattr(kwargs["model"], "student", kwargs["model"])
+        learners = getattr(kwargs["model"], "learners", None)
+        models = [each.student for each in learners.values()] if learners else [kwargs["model"]]
         with torch.no_grad():
-            for module in student.modules():
+            for module in (module for model in models for module in model.modules()):
                 if isinstance(module, _CONSTRAINED) and module.weight.requires_grad:
                     module.weight.renorm_(2, 0, self.bound)
 

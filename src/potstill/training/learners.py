@@ -33,10 +33,13 @@ class JointModule(DistillationModule):
         self._settings = dict(lesson.others)
         self._sources = list(lesson.sources)
         for name, learner in lesson.others.items():
-            if hasattr(self.others, name):
+            if hasattr(self.others, name) or "." in name:
                 raise TrainingError(f"a learner cannot be called '{name}'; choose another name")
             self.others[name] = DistillationModule(**{"objective": self.objective.hard_only(), **_parts_of(learner)})
         self._check_names()
+        owned = [{id(p) for p in each.student.parameters()} for each in self.learners.values()]
+        if len(set().union(*owned)) < sum(map(len, owned)):
+            raise TrainingError("two learners share parameters, which would be trained twice; copy one of them")
 
     @property
     def learners(self) -> dict[str, DistillationModule]:
@@ -101,6 +104,13 @@ class JointModule(DistillationModule):
             said[name] = module.dry_run(self._view(name, batch), self._asked(name, None))
         for name, module in self.learners.items():
             module.fit(said[name], {**self._heard(name, teacher, said), **module.own_signals(said[name])})
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Switch gradient checkpointing on in every learner that has it."""
+        for module in self.learners.values():
+            enable: Any = getattr(module.student, "gradient_checkpointing_enable", None)
+            if enable is not None:
+                enable(*args, **kwargs)
 
     def split(self, optimizer: torch.optim.Optimizer, decayed: Collection[int] = ()) -> None:
         """Give each other learner parameter groups of its own, with its own learning rate and weight decay.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         args = trainer_arguments.setdefault("args", None) or TrainingArguments(output_dir="distilled")
         trainer_arguments["args"] = check_arguments(args)
         check_budget(args, batch_tokens, group_by_length)
-        check_balance(args, terms)
-        check_student(model)
-        lesson = Lesson(Learner(model, terms, forward, extension=extension), dict(learners or {}), seed=args.seed)
+        others = {name: replace(learner) for name, learner in (learners or {}).items()}
+        lesson = Lesson(Learner(model, terms, forward, extension=extension), others, seed=args.seed)
         lesson.sources = as_sources(teacher, lesson)
         usual = {name: copy.deepcopy(term) for name, term in terms.named_terms()}
         lesson = lesson if scheme is None else scheme.arrange(lesson)
@@ -114,7 +114,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         check_sharding(args, lesson)
         module, self.teacher = joined(lesson)
         terms = module.objective
-        unmask(self.teacher, terms.unmasked())
+        for each in module.learners.values():
+            unmask(self.teacher, each.objective.unmasked())
+            check_balance(args, each.objective)
+            check_student(each.student)
         if self.teacher is None and not lesson.others and module.taught():
             raise TrainingError("the objective compares with a teacher and none was given; pass teacher=…")
         self._signature_columns: list[str] | None = None
@@ -223,7 +226,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
                     wanted |= accepted_inputs(getattr(model, "model", model)) or set()
             for learner in module.learners.values():
                 wanted |= accepted_inputs(learner.student) or set()
-            wanted |= {term.mask for _, term in module.objective.named_terms() if isinstance(term.mask, str)}
+            terms = [term for each in module.learners.values() for _, term in each.objective.named_terms()]
+            wanted |= {term.mask for term in terms if isinstance(term.mask, str)}
             wanted |= {name for name in _columns(self.train_dataset, self.eval_dataset) if "/" in name}
             self._signature_columns = sorted(wanted)
 
