@@ -139,7 +139,7 @@ def assert_features_are_of_each_tasks_tokens(run: Run) -> None:
 
     task = build.prepared_for_distillation(run.recipe, run.task, run.processors)
     batch = task.dataset(run.splits.train, training=False, seed=0).__getitems__(list(range(12)))
-    source = make_sources(run, [run.objective], student=None)["per-task"]
+    source = make_sources(run, [run.objective], train=run.recipe.train)["per-task"]
     teacher = {f"per-task/{name}": value for name, value in source(dict(batch)).items()}
     module = DistillationModule(run.student().eval(), run.objective, forward=task.forward).eval()
     module.materialize(teacher, batch)
