@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,11 @@ class GradientBalance(nn.Module):
         self.register_buffer("lengths", torch.zeros(len(self.terms)))
         self.register_buffer("times", torch.zeros(len(self.terms), dtype=torch.long))
         self.register_buffer("step", torch.tensor(-1))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What another one over other terms is made with."""
+        return {"every": self.every, "decay": self.decay, "reference": self.reference}
 
     def factors(self, values: Mapping[str, Tensor], progress: Progress, shared: Sequence[Tensor]) -> dict[str, float]:
         """Return the factor of each term at this step, measured where it is time.

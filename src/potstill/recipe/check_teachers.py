@@ -182,7 +182,7 @@ def _own_objective(
     if own.get("objective") is None:
         return []
     where: Path_ = (*path, "objective")
-    jointly = own.get("train") == "jointly" or own.get("joint") is not None
+    jointly = _is_joint(own)
     if not own.get("train") and not jointly:
         fix = "add `train: {epochs: 3}`, or `train: jointly` to learn at the same time as the student"
         return [Problem(where, f"the teacher '{name}' has an objective and is not trained", fix)]

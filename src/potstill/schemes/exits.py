@@ -103,8 +103,8 @@ class Exits:
         if not any(_SIGNAL.fullmatch(name) for term in terms.values() for name in term.student):
             terms |= self._terms(objective)
             balance = objective.balance
-            kept = {} if balance is None else {k: getattr(balance, k) for k in ("every", "decay", "reference")}
-            objective = Objective(terms, response_mask=objective.response_mask, balance=kept or None)
+            settings = None if balance is None else balance.settings
+            objective = Objective(terms, response_mask=objective.response_mask, balance=settings)
         read = [name.rpartition("/")[2] for term in terms.values() for name in (*term.student, *term.teacher)]
         deepest, found = self.features, None
         if deepest is None and any(name.endswith("features") and _SIGNAL.fullmatch(name) for name in read):

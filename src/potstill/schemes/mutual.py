@@ -70,7 +70,8 @@ class Mutual:
             if made.terms.get(name):
                 terms = Objective(made.terms[name], response_mask=objective.response_mask)
                 others[name] = replace(learner, objective=terms)
-        own = Objective(made.terms[STUDENT], response_mask=objective.response_mask, balance=_balance(objective))
+        settings = None if objective.balance is None else objective.balance.settings
+        own = Objective(made.terms[STUDENT], response_mask=objective.response_mask, balance=settings)
         return replace(lesson, student=replace(lesson.student, objective=own), others=others)
 
 
@@ -192,10 +193,3 @@ def _divided(weight: Number, by: int) -> Number:
     if isinstance(weight, Ramp):
         return replace(weight, start=weight.start / by, stop=weight.stop / by)
     return _Part(weight, by) if callable(weight) else weight / by
-
-
-def _balance(objective: Objective) -> dict[str, Any] | None:
-    balance = objective.balance
-    if balance is None:
-        return None
-    return {"every": balance.every, "decay": balance.decay, "reference": balance.reference}
